@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""How a case is declared: once, above its function; parametrisation, gating and every report follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from uffd_selftests.uapi import Feature
+
+if TYPE_CHECKING:
+    from uffd_selftests.common import Context
+    from uffd_selftests.mem_types import MemType
+
+F = TypeVar("F", bound=Callable[..., None])
+ContextHook = Callable[["Context"], None]
+
+ATTRIBUTE = "uffd_case"
+"""The attribute of the test function under which the harness finds the declaration."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One declared case, before it is multiplied by its variants and memory types."""
+
+    name: str
+    """The name in every report; upstream's where upstream has the case. No ``#``, for KTAP's sake."""
+    mem: tuple[MemType, ...] = ()
+    """The memory types it runs on; empty when the case needs no memory of a type."""
+    variants: tuple[str, ...] = ()
+    """Named variants, shown in brackets behind the name; the function takes the name as ``variant``."""
+    features: Feature = Feature(0)
+    """Feature bits the case enables; the kernel must offer them all."""
+    needs: tuple[str, ...] = ()
+    """Whatever else must be there: names from ``uffd_selftests.kernel.REQUIREMENTS``."""
+    pages: int | None = None
+    """Pages of the source and of the destination area; None is the run's default area size (32 MiB)."""
+    spare_hugepages: int = 0
+    """Huge pages a hugetlb run takes beyond its two areas: copies on write, second mappings."""
+    pre_alloc: ContextHook | None = None
+    """Called before the areas are mapped; may raise Skip."""
+    post_alloc: ContextHook | None = None
+    """Called when the areas are mapped and still empty; may raise Skip."""
+    rows: tuple[str, ...] = ()
+    """The promises of docs/contract.md that the case checks."""
+
+    def result_name(self, variant: str | None = None, mem: MemType | None = None) -> str:
+        """Return the name of one result: ``name (variant) on mem``."""
+        return self.name + (f" ({variant})" if variant else "") + (f" on {mem.name}" if mem else "")
+
+
+def uffd_case(
+    name: str,
+    *,
+    mem: tuple[MemType, ...] = (),
+    variants: tuple[str, ...] = (),
+    features: Feature = Feature(0),
+    needs: tuple[str, ...] = (),
+    pages: int | None = None,
+    spare_hugepages: int = 0,
+    pre_alloc: ContextHook | None = None,
+    post_alloc: ContextHook | None = None,
+    rows: tuple[str, ...] = (),
+) -> Callable[[F], F]:
+    """Declare the decorated function as a case; the fields are those of Case."""
+    case = Case(name, mem, variants, features, needs, pages, spare_hugepages, pre_alloc, post_alloc, rows)
+
+    def declare(function: F) -> F:
+        setattr(function, ATTRIBUTE, case)
+        return function
+
+    return declare
