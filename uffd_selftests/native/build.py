@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Builds the native layer: cffi in API mode, limited to the stable ABI."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cffi import FFI
+from setuptools import Extension
+from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).parent
+
+
+def ffi_builder() -> FFI:
+    """Describe the extension from uffd.h, which is C header and cdef in one."""
+    ffi = FFI()
+    ffi.cdef((HERE / "uffd.h").read_text())
+    ffi.set_source("uffd_selftests.native._native", "#include <stddef.h>\n#include <stdint.h>\n#include \"uffd.h\"\n")
+    return ffi
+
+
+class BuildExt(build_ext):
+    """build_ext that writes cffi's C source before it compiles."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Generate the source named first in the extension, then build as usual."""
+        ffi_builder().emit_c_code(ext.sources[0])
+        ext.py_limited_api = True
+        ext.define_macros.append(("Py_LIMITED_API", "0x030A0000"))
+        super().build_extension(ext)

@@ -1,0 +1,742 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * The native layer; uffd.h describes it.
+ *
+ * linux/userfaultfd.h is not included: the installed one may be older than the kernel under test.  What the handler
+ * needs of the ABI is declared below and compared with uapi.py by the tests.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "uffd.h"
+
+/* ---- the kernel's ABI, as far as the handler speaks it ---------------------------------------------------- */
+
+enum { EVENT_PAGEFAULT = 0x12, EVENT_FORK, EVENT_REMAP, EVENT_REMOVE, EVENT_UNMAP };
+enum { FLAG_WRITE = 1, FLAG_WP = 2, FLAG_MINOR = 4, FLAG_RWP = 8 };
+
+struct msg {
+	uint8_t event;
+	uint8_t reserved[7];
+	union {
+		struct { uint64_t flags, address; uint32_t ptid; } pagefault;
+		struct { uint32_t ufd; } fork;
+		struct { uint64_t from, to, len; } remap;
+		struct { uint64_t start, end; } remove;
+	} arg;
+} __attribute__((packed));
+_Static_assert(sizeof(struct msg) == 32, "struct uffd_msg is 32 bytes");
+
+struct range { uint64_t start, len; };
+struct copy { uint64_t dst, src, len, mode; int64_t copy; };		/* also uffdio_move */
+struct fill { struct range range; uint64_t mode; int64_t filled; };	/* zeropage, continue, poison */
+struct protect { struct range range; uint64_t mode; };			/* writeprotect, rwprotect */
+
+#define UFFDIO_UNREGISTER	_IOR(0xAA, 0x01, struct range)
+#define UFFDIO_WAKE		_IOR(0xAA, 0x02, struct range)
+#define UFFDIO_COPY		_IOWR(0xAA, 0x03, struct copy)
+#define UFFDIO_ZEROPAGE		_IOWR(0xAA, 0x04, struct fill)
+#define UFFDIO_MOVE		_IOWR(0xAA, 0x05, struct copy)
+#define UFFDIO_WRITEPROTECT	_IOWR(0xAA, 0x06, struct protect)
+#define UFFDIO_CONTINUE		_IOWR(0xAA, 0x07, struct fill)
+#define UFFDIO_POISON		_IOWR(0xAA, 0x08, struct fill)
+#define UFFDIO_RWPROTECT	_IOWR(0xAA, 0x09, struct protect)
+
+/* ---- system calls ----------------------------------------------------------------------------------------- */
+
+int64_t uffd_syscall(long nr, long a0, long a1, long a2, long a3, long a4, long a5)
+{
+	long ret = syscall(nr, a0, a1, a2, a3, a4, a5);
+
+	return ret == -1 ? -errno : ret;
+}
+
+int64_t uffd_ioctl(int fd, unsigned long request, uint64_t arg)
+{
+	int ret = ioctl(fd, request, arg);
+
+	return ret == -1 ? -errno : ret;
+}
+
+int64_t uffd_mmap(uint64_t addr, size_t len, int prot, int flags, int fd, int64_t offset)
+{
+	void *p = mmap((void *)addr, len, prot, flags, fd, offset);
+
+	return p == MAP_FAILED ? -errno : (int64_t)(intptr_t)p;
+}
+
+/* ---- touching memory -------------------------------------------------------------------------------------- */
+
+struct guard {
+	sigjmp_buf env;
+	struct uffd_trap *trap;
+};
+
+static _Thread_local struct guard *volatile guard;
+static struct sigaction previous_bus, previous_segv;
+
+static void guard_handler(int signo, siginfo_t *info, void *context)
+{
+	(void)context;
+	if (!guard) {
+		/* Not ours: the instruction runs again and meets whoever was installed before. */
+		sigaction(signo, signo == SIGBUS ? &previous_bus : &previous_segv, NULL);
+		return;
+	}
+	guard->trap->signo = signo;
+	guard->trap->code = info->si_code;
+	guard->trap->addr = (uint64_t)(uintptr_t)info->si_addr;
+	guard->trap->addr_lsb = signo == SIGBUS && info->si_code != BUS_ADRERR ? info->si_addr_lsb : 0;
+	siglongjmp(guard->env, 1);
+}
+
+static void guard_install(void)
+{
+	struct sigaction act = { .sa_sigaction = guard_handler, .sa_flags = SA_SIGINFO }, now;
+
+	/* Somebody (faulthandler, an earlier guard_handler) may have replaced it since. */
+	if (!sigaction(SIGBUS, NULL, &now) && now.sa_sigaction != guard_handler)
+		sigaction(SIGBUS, &act, &previous_bus);
+	if (!sigaction(SIGSEGV, NULL, &now) && now.sa_sigaction != guard_handler)
+		sigaction(SIGSEGV, &act, &previous_segv);
+}
+
+enum transfer { PEEK, POKE, TOUCH_READ, TOUCH_WRITE };
+
+static void transfer(enum transfer what, volatile uint8_t *addr, uint8_t *buf, size_t len)
+{
+	uint8_t zero = 0;
+
+	switch (what) {
+	case PEEK:
+		for (size_t i = 0; i < len; i++)
+			buf[i] = addr[i];
+		break;
+	case POKE:
+		for (size_t i = 0; i < len; i++)
+			addr[i] = buf[i];
+		break;
+	case TOUCH_READ:
+		(void)*addr;
+		break;
+	case TOUCH_WRITE:
+		/* Hide the zero, else the compiler may make a load and a fence of it. */
+		__asm__ volatile("" : "+r"(zero));
+		__atomic_fetch_or(addr, zero, __ATOMIC_RELAXED);
+		break;
+	}
+}
+
+static int guarded(enum transfer what, uint64_t addr, uint8_t *buf, size_t len, struct uffd_trap *trap)
+{
+	struct guard here = { .trap = trap };
+
+	memset(trap, 0, sizeof(*trap));
+	/* Without the mask (the handler below restores it) a loop over many pages costs no system calls. */
+	if (sigsetjmp(here.env, 0) == 0) {
+		guard = &here;
+		transfer(what, (volatile uint8_t *)addr, buf, len);
+		guard = NULL;
+	} else {
+		sigset_t set;
+
+		guard = NULL;
+		sigemptyset(&set);
+		sigaddset(&set, trap->signo);
+		pthread_sigmask(SIG_UNBLOCK, &set, NULL);
+	}
+	return trap->signo;
+}
+
+int uffd_peek(uint64_t addr, void *buf, size_t len, struct uffd_trap *trap)
+{
+	guard_install();
+	return guarded(PEEK, addr, buf, len, trap);
+}
+
+int uffd_poke(uint64_t addr, const void *buf, size_t len, struct uffd_trap *trap)
+{
+	guard_install();
+	return guarded(POKE, addr, (uint8_t *)buf, len, trap);
+}
+
+uint64_t uffd_touch(uint64_t addr, size_t step, uint64_t count, enum uffd_access access, struct uffd_trap *traps)
+{
+	enum transfer what = access == UFFD_WRITE ? TOUCH_WRITE : TOUCH_READ;
+	uint64_t trapped = 0;
+
+	if (traps)
+		guard_install();
+	for (uint64_t i = 0; i < count; i++, addr += step) {
+		if (!traps)
+			transfer(what, (volatile uint8_t *)addr, NULL, 1);
+		else if (guarded(what, addr, NULL, 1, &traps[i]))
+			trapped++;
+	}
+	return trapped;
+}
+
+/* ---- whole areas ------------------------------------------------------------------------------------------ */
+
+static uint64_t first_word(const struct uffd_pattern *p, uint64_t page)
+{
+	return (p->seed + page) * 0x9E3779B97F4A7C15ull;
+}
+
+void uffd_fill(uint64_t addr, const struct uffd_pattern *p, uint64_t first, uint64_t count)
+{
+	for (uint64_t page = first; page < first + count; page++) {
+		uint64_t *words = (uint64_t *)(addr + page * p->page_size), base = first_word(p, page);
+
+		for (uint64_t w = 0; w < p->page_size / 8; w++)
+			words[w] = (base + w) ^ p->flip;
+	}
+}
+
+/* Where the word at offset differs: the byte, in memory order. */
+static int differ(uint64_t offset, uint64_t expected, uint64_t observed, struct uffd_mismatch *m)
+{
+	const uint8_t *e = (const uint8_t *)&expected, *o = (const uint8_t *)&observed;
+	int i = 0;
+
+	while (i < 7 && e[i] == o[i])
+		i++;
+	*m = (struct uffd_mismatch){ .offset = offset + i, .expected = e[i], .observed = o[i] };
+	return 1;
+}
+
+int uffd_verify(uint64_t addr, const struct uffd_pattern *p, uint64_t first, uint64_t count, int flags,
+		struct uffd_mismatch *mismatch)
+{
+	for (uint64_t page = first; page < first + count; page++) {
+		volatile uint64_t *words = (volatile uint64_t *)(addr + page * p->page_size);
+		const uint64_t *rest = (const uint64_t *)words;
+		uint64_t base = first_word(p, page), word = words[0], wrong = 0;
+
+		if (word != (base ^ p->flip))
+			return differ(page * p->page_size, base ^ p->flip, word, mismatch);
+		for (uint64_t w = 1; w < p->page_size / 8; w++)
+			wrong |= rest[w] ^ (base + w) ^ p->flip;
+		for (uint64_t w = 1; wrong && w < p->page_size / 8; w++) {
+			word = words[w];
+			if (word != ((base + w) ^ p->flip))
+				return differ(page * p->page_size + 8 * w, (base + w) ^ p->flip, word, mismatch);
+		}
+		if (wrong)	/* it differed a moment ago: somebody still writes */
+			return differ(page * p->page_size, 0, wrong, mismatch);
+		if (flags & UFFD_WRITE_BACK)
+			words[0] = base ^ p->flip;
+	}
+	return 0;
+}
+
+int uffd_verify_byte(uint64_t addr, size_t len, uint8_t value, struct uffd_mismatch *m)
+{
+	const uint8_t *p = (const uint8_t *)addr;
+
+	/* Each byte equals the one before it, and the first one is right. */
+	if (len && (p[0] != value || memcmp(p, p + 1, len - 1)))
+		for (size_t i = 0; i < len; i++) {
+			uint8_t byte = p[i];
+
+			if (byte != value || i == len - 1) {
+				*m = (struct uffd_mismatch){ .offset = i, .expected = value, .observed = byte };
+				return 1;
+			}
+		}
+	return 0;
+}
+
+int uffd_compare(uint64_t expected, uint64_t observed, size_t len, struct uffd_mismatch *m)
+{
+	const uint8_t *e = (const uint8_t *)expected, *o = (const uint8_t *)observed;
+
+	if (memcmp(e, o, len))
+		for (size_t i = 0; i < len; i++) {
+			uint8_t left = e[i], right = o[i];
+
+			if (left != right || i == len - 1) {
+				*m = (struct uffd_mismatch){ .offset = i, .expected = left, .observed = right };
+				return 1;
+			}
+		}
+	return 0;
+}
+
+/* ---- the fault-handler thread ----------------------------------------------------------------------------- */
+
+enum { MAX_UFFDS = 64, MAX_POSTPONED = 1024, MAX_GONE = 256, BATCH = 16 };
+
+struct uffd_handler {
+	struct uffd_handler_config config;
+	pthread_t thread;
+	int stop_fd;			/* eventfd: readable when the thread is to end */
+	atomic_bool stop;
+
+	int uffds[MAX_UFFDS];		/* [0] is the caller's, the rest came from FORK events */
+	uint64_t dst[MAX_UFFDS];	/* where the area is for each of them, as REMAP events move it */
+	atomic_uint nr_uffds;
+
+	struct { struct msg msg; unsigned int source; } postponed[MAX_POSTPONED];
+	unsigned int nr_postponed;
+	struct { uint64_t start, end; unsigned int source; } gone[MAX_GONE];
+	unsigned int nr_gone;
+
+	pthread_mutex_t lock;		/* of what Python may ask while the thread runs */
+	struct uffd_stats stats;
+	struct uffd_failure failure;
+};
+
+static void count(struct uffd_handler *h, uint64_t *counter)
+{
+	pthread_mutex_lock(&h->lock);
+	++*counter;
+	pthread_mutex_unlock(&h->lock);
+}
+
+static void release(struct uffd_handler *h, unsigned int source)
+{
+	struct range range = { .start = h->dst[source], .len = h->config.len };
+
+	ioctl(h->uffds[source], UFFDIO_UNREGISTER, &range);
+	ioctl(h->uffds[source], UFFDIO_WAKE, &range);
+}
+
+static void fail(struct uffd_handler *h, unsigned int source, struct uffd_failure failure)
+{
+	pthread_mutex_lock(&h->lock);
+	if (h->failure.kind == UFFD_OK)
+		h->failure = failure;
+	pthread_mutex_unlock(&h->lock);
+	release(h, source);
+}
+
+static void wake(struct uffd_handler *h, unsigned int source, struct range range)
+{
+	if (ioctl(h->uffds[source], UFFDIO_WAKE, &range))
+		fail(h, source, (struct uffd_failure){ UFFD_IOCTL_FAILED, errno, UFFDIO_WAKE, range.start, 0 });
+}
+
+static void note_gone(struct uffd_handler *h, unsigned int source, uint64_t start, uint64_t end)
+{
+	if (h->nr_gone == MAX_GONE) {
+		fail(h, source, (struct uffd_failure){ UFFD_TOO_MANY, 0, 0, start, MAX_GONE });
+		return;
+	}
+	h->gone[h->nr_gone].start = start;
+	h->gone[h->nr_gone].end = end;
+	h->gone[h->nr_gone++].source = source;
+}
+
+/* May a fill of this unit legitimately find nothing there any more? */
+static bool is_gone(const struct uffd_handler *h, unsigned int source, uint64_t address, int err)
+{
+	if (err == ESRCH)
+		return source > 0;
+	for (unsigned int i = 0; err == ENOENT && i < h->nr_gone; i++)
+		if (h->gone[i].source == source && h->gone[i].start <= address && address < h->gone[i].end)
+			return true;
+	return false;
+}
+
+/* The argument of a fill ioctl; output points at its output field. */
+struct request {
+	unsigned long code;
+	union {
+		struct copy copy;
+		struct fill fill;
+		struct protect protect;
+		struct range range;
+	};
+	int64_t *output;
+};
+
+static void prepare(const struct uffd_handler *h, enum uffd_action action, bool rwp, struct range at, uint64_t offset,
+		    struct request *r)
+{
+	const struct uffd_handler_config *c = &h->config;
+
+	switch (action) {
+	case UFFD_COPY:
+	case UFFD_MOVE:
+		r->code = action == UFFD_COPY ? UFFDIO_COPY : UFFDIO_MOVE;
+		r->copy = (struct copy){ at.start, c->src + offset, at.len,
+					 action == UFFD_COPY ? c->copy_mode : c->move_mode, 0 };
+		r->output = &r->copy.copy;
+		break;
+	case UFFD_ZEROPAGE:
+	case UFFD_CONTINUE:
+	case UFFD_POISON:
+		r->code = action == UFFD_ZEROPAGE ? UFFDIO_ZEROPAGE :
+			  action == UFFD_CONTINUE ? UFFDIO_CONTINUE : UFFDIO_POISON;
+		r->fill = (struct fill){ at, action == UFFD_ZEROPAGE ? c->zeropage_mode :
+					     action == UFFD_CONTINUE ? c->continue_mode : c->poison_mode, 0 };
+		r->output = &r->fill.filled;
+		break;
+	case UFFD_UNPROTECT:
+		r->code = rwp ? UFFDIO_RWPROTECT : UFFDIO_WRITEPROTECT;
+		r->protect = (struct protect){ at, 0 };
+		r->output = NULL;
+		break;
+	default:
+		r->code = UFFDIO_WAKE;
+		r->range = at;
+		r->output = NULL;
+	}
+}
+
+/* A unit that is filled already must be refused with EEXIST, and that refusal must do no harm. */
+static void retry(struct uffd_handler *h, unsigned int source, struct request r, uint64_t offset)
+{
+	int ret, err;
+
+	if (h->config.retry_at) {
+		if (r.code == UFFDIO_COPY)
+			r.copy.dst = h->config.retry_at + offset;
+		else
+			r.fill.range.start = h->config.retry_at + offset;
+	}
+	*r.output = 0;
+	ret = ioctl(h->uffds[source], r.code, &r.copy);
+	err = ret ? errno : 0;
+	if (err != EEXIST || *r.output != -EEXIST)
+		fail(h, source, (struct uffd_failure){ UFFD_NO_EEXIST, err, r.code, h->dst[source] + offset,
+						       *r.output });
+}
+
+static void flip(uint64_t addr, uint64_t len)
+{
+	uint64_t *words = (uint64_t *)addr;
+
+	for (uint64_t w = 0; w < len / 8; w++)
+		words[w] = ~words[w];
+}
+
+static enum uffd_action choose(const struct uffd_handler *h, uint64_t flags, uint64_t offset)
+{
+	if (flags & FLAG_RWP)
+		return h->config.rwp;
+	if (flags & FLAG_WP)
+		return h->config.wp;
+	if (flags & FLAG_MINOR)
+		return h->config.minor;
+	return h->config.plan ? h->config.plan[offset / h->config.unit] : h->config.missing;
+}
+
+/* Answer a page fault.  Returns false when the fill has to be repeated later: a layout change is under way. */
+static bool resolve(struct uffd_handler *h, const struct msg *msg, unsigned int source)
+{
+	uint64_t flags = msg->arg.pagefault.flags, offset = msg->arg.pagefault.address - h->dst[source];
+	struct range at = { .len = h->config.unit };
+	enum uffd_action action;
+	struct request r;
+
+	if (msg->arg.pagefault.address < h->dst[source] || offset >= h->config.len) {
+		fail(h, source, (struct uffd_failure){ UFFD_OUTSIDE, 0, 0, msg->arg.pagefault.address, 0 });
+		return true;
+	}
+	offset -= offset % h->config.unit;
+	at.start = h->dst[source] + offset;
+	action = choose(h, flags, offset);
+	if (action == UFFD_RECORD)
+		return true;
+	if (action == UFFD_CONTINUE && h->config.flip)
+		flip(h->config.flip + offset, h->config.unit);
+	prepare(h, action, flags & FLAG_RWP, at, offset, &r);
+	for (;;) {
+		int ret = ioctl(h->uffds[source], r.code, &r.copy), err = ret ? errno : 0;
+		int64_t output = r.output ? *r.output : 0;
+
+		if (!err && r.output && output != (int64_t)h->config.unit) {
+			fail(h, source, (struct uffd_failure){ UFFD_SHORT_OUTPUT, 0, r.code, at.start, output });
+		} else if (!err) {
+			count(h, &h->stats.resolved);
+			if (h->config.retry &&
+			    (action == UFFD_COPY || action == UFFD_ZEROPAGE || action == UFFD_CONTINUE))
+				retry(h, source, r, offset);
+		} else if (err == EEXIST) {
+			/* Whoever was first has woken who slept then; this thread came later. */
+			count(h, &h->stats.eexist);
+			wake(h, source, at);
+		} else if (err == EAGAIN) {
+			if (action == UFFD_CONTINUE && h->config.flip)
+				flip(h->config.flip + offset, h->config.unit);
+			count(h, &h->stats.eagain);
+			return false;
+		} else if (is_gone(h, source, at.start, err)) {
+			count(h, &h->stats.gone);
+			wake(h, source, at);
+		} else {
+			fail(h, source, (struct uffd_failure){ UFFD_IOCTL_FAILED, err, r.code, at.start, output });
+		}
+		return true;
+	}
+}
+
+static void pagefault(struct uffd_handler *h, const struct msg *msg, unsigned int source)
+{
+	uint64_t flags = msg->arg.pagefault.flags;
+
+	pthread_mutex_lock(&h->lock);
+	if (flags & FLAG_RWP)
+		h->stats.rwp++;
+	else if (flags & FLAG_WP)
+		h->stats.wp++;
+	else if (flags & FLAG_MINOR)
+		h->stats.minor++;
+	else
+		h->stats.missing++;
+	if (!(flags & (FLAG_RWP | FLAG_WP | FLAG_MINOR)) && flags & FLAG_WRITE)
+		h->stats.write++;
+	pthread_mutex_unlock(&h->lock);
+
+	if (resolve(h, msg, source))
+		return;
+	if (h->nr_postponed == MAX_POSTPONED) {
+		fail(h, source, (struct uffd_failure){ UFFD_TOO_MANY, 0, 0, msg->arg.pagefault.address, MAX_POSTPONED });
+		return;
+	}
+	h->postponed[h->nr_postponed].msg = *msg;
+	h->postponed[h->nr_postponed++].source = source;
+}
+
+static void resolve_postponed(struct uffd_handler *h)
+{
+	unsigned int left = 0;
+
+	for (unsigned int i = 0; i < h->nr_postponed; i++)
+		if (!resolve(h, &h->postponed[i].msg, h->postponed[i].source))
+			h->postponed[left++] = h->postponed[i];
+	h->nr_postponed = left;
+}
+
+static void handle(struct uffd_handler *h, const struct msg *msg, unsigned int source)
+{
+	unsigned int child = h->nr_uffds;
+
+	pthread_mutex_lock(&h->lock);
+	if (h->config.log && h->stats.messages < h->config.log_size) {
+		struct uffd_message *entry = &h->config.log[h->stats.messages];
+
+		memcpy(entry->bytes, msg, sizeof(*msg));
+		entry->source = source;
+	}
+	h->stats.messages++;
+	pthread_mutex_unlock(&h->lock);
+
+	if (h->failure.kind != UFFD_OK) {
+		release(h, source);
+		return;
+	}
+	switch (msg->event) {
+	case EVENT_PAGEFAULT:
+		pagefault(h, msg, source);
+		break;
+	case EVENT_FORK:
+		count(h, &h->stats.fork);
+		if (child == MAX_UFFDS) {
+			close(msg->arg.fork.ufd);
+			fail(h, source, (struct uffd_failure){ UFFD_TOO_MANY, 0, 0, 0, MAX_UFFDS });
+			break;
+		}
+		h->uffds[child] = msg->arg.fork.ufd;
+		h->dst[child] = h->dst[source];
+		h->nr_uffds = child + 1;
+		break;
+	case EVENT_REMAP:
+		count(h, &h->stats.remap);
+		if (msg->arg.remap.from == h->dst[source])
+			h->dst[source] = msg->arg.remap.to;
+		break;
+	case EVENT_REMOVE:
+		count(h, &h->stats.remove);
+		if (h->config.unregister_removed) {
+			struct range range = { msg->arg.remove.start, msg->arg.remove.end - msg->arg.remove.start };
+
+			note_gone(h, source, msg->arg.remove.start, msg->arg.remove.end);
+			if (ioctl(h->uffds[source], UFFDIO_UNREGISTER, &range))
+				fail(h, source, (struct uffd_failure){ UFFD_IOCTL_FAILED, errno, UFFDIO_UNREGISTER,
+								       range.start, 0 });
+			/* With per-VMA locks a fault can slip in behind UNREGISTER's own wake and sleep for ever. */
+			wake(h, source, range);
+		}
+		break;
+	case EVENT_UNMAP:
+		count(h, &h->stats.unmap);
+		note_gone(h, source, msg->arg.remove.start, msg->arg.remove.end);
+		break;
+	default:
+		fail(h, source, (struct uffd_failure){ UFFD_UNKNOWN_EVENT, 0, 0, 0, msg->event });
+	}
+}
+
+/* Read and handle what there is.  Returns false when reading failed for good. */
+static bool drain(struct uffd_handler *h, unsigned int source)
+{
+	struct msg msgs[BATCH];
+	ssize_t n = read(h->uffds[source], msgs, sizeof(msgs));
+
+	if (n < 0 && (errno == EAGAIN || errno == EINTR))
+		return true;
+	if (n <= 0 || n % sizeof(struct msg)) {
+		fail(h, source, (struct uffd_failure){ UFFD_READ_FAILED, n < 0 ? errno : 0, 0, 0, n });
+		return false;
+	}
+	for (size_t i = 0; i < n / sizeof(struct msg); i++)
+		handle(h, &msgs[i], source);
+	return true;
+}
+
+static void poll_loop(struct uffd_handler *h)
+{
+	struct pollfd fds[MAX_UFFDS + 1];
+
+	for (;;) {
+		unsigned int n = h->nr_uffds;
+		bool idle = true;
+
+		for (unsigned int i = 0; i < n; i++)
+			fds[i] = (struct pollfd){ .fd = h->uffds[i], .events = POLLIN };
+		fds[n] = (struct pollfd){ .fd = h->stop_fd, .events = POLLIN };
+		if (poll(fds, n + 1, h->nr_postponed ? 1 : -1) < 0 && errno != EINTR) {
+			fail(h, 0, (struct uffd_failure){ UFFD_READ_FAILED, errno, 0, 0, 0 });
+			return;
+		}
+		for (unsigned int i = 0; i < n; i++) {
+			if (fds[i].revents & POLLIN) {
+				idle = false;
+				if (!drain(h, i))
+					return;
+			} else if (fds[i].revents) {
+				fail(h, i, (struct uffd_failure){ UFFD_READ_FAILED, EIO, 0, 0, fds[i].revents });
+				return;
+			}
+		}
+		resolve_postponed(h);
+		if (idle && !h->nr_postponed && fds[n].revents)
+			return;
+	}
+}
+
+static void blocking_loop(struct uffd_handler *h)
+{
+	while (!h->stop && drain(h, 0))
+		for (resolve_postponed(h); h->nr_postponed && !h->stop; resolve_postponed(h))
+			nanosleep(&(struct timespec){ .tv_nsec = 1000000 }, NULL);
+}
+
+static void interrupted(int signo)
+{
+	(void)signo;	/* only to make a blocked read(2) return EINTR */
+}
+
+static void *handler_main(void *arg)
+{
+	struct uffd_handler *h = arg;
+
+	if (h->config.blocking)
+		blocking_loop(h);
+	else
+		poll_loop(h);
+	return NULL;
+}
+
+struct uffd_handler *uffd_handler_start(const struct uffd_handler_config *config)
+{
+	struct sigaction act = { .sa_handler = interrupted };
+	struct uffd_handler *h = calloc(1, sizeof(*h));
+	sigset_t all, old;
+	int err;
+
+	if (!h)
+		return NULL;
+	h->config = *config;
+	h->uffds[0] = config->uffd;
+	h->dst[0] = config->dst;
+	h->nr_uffds = 1;
+	pthread_mutex_init(&h->lock, NULL);
+	h->stop_fd = eventfd(0, EFD_CLOEXEC);
+	if (h->stop_fd < 0) {
+		free(h);
+		return NULL;
+	}
+	/* Signals are for Python's main thread; only the one that ends a blocking read comes through. */
+	sigaction(SIGURG, &act, NULL);
+	sigfillset(&all);
+	sigdelset(&all, SIGURG);
+	pthread_sigmask(SIG_SETMASK, &all, &old);
+	err = pthread_create(&h->thread, NULL, handler_main, h);
+	pthread_sigmask(SIG_SETMASK, &old, NULL);
+	if (err) {
+		close(h->stop_fd);
+		free(h);
+		errno = err;
+		return NULL;
+	}
+	return h;
+}
+
+void uffd_handler_stop(struct uffd_handler *h)
+{
+	uint64_t one = 1;
+
+	h->stop = true;
+	if (write(h->stop_fd, &one, sizeof(one)) != sizeof(one))
+		abort();	/* an eventfd of our own that was written once: cannot fail */
+	if (h->config.blocking)
+		/* A signal that comes before read(2) blocks is lost: repeat it. */
+		while (pthread_tryjoin_np(h->thread, NULL) == EBUSY) {
+			pthread_kill(h->thread, SIGURG);
+			nanosleep(&(struct timespec){ .tv_nsec = 200000 }, NULL);
+		}
+	else
+		pthread_join(h->thread, NULL);
+}
+
+void uffd_handler_stats(struct uffd_handler *h, struct uffd_stats *stats)
+{
+	pthread_mutex_lock(&h->lock);
+	*stats = h->stats;
+	pthread_mutex_unlock(&h->lock);
+}
+
+void uffd_handler_failure(struct uffd_handler *h, struct uffd_failure *failure)
+{
+	pthread_mutex_lock(&h->lock);
+	*failure = h->failure;
+	pthread_mutex_unlock(&h->lock);
+}
+
+uint64_t uffd_handler_children(struct uffd_handler *h, int *fds, uint64_t room)
+{
+	uint64_t n = h->nr_uffds - 1;
+
+	for (uint64_t i = 0; i < n && i < room; i++)
+		fds[i] = h->uffds[i + 1];
+	return n;
+}
+
+void uffd_handler_free(struct uffd_handler *h)
+{
+	for (unsigned int i = 1; i < h->nr_uffds; i++)
+		close(h->uffds[i]);
+	close(h->stop_fd);
+	pthread_mutex_destroy(&h->lock);
+	free(h);
+}
