@@ -25,7 +25,7 @@ class BuildExt(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Generate the source named first in the extension, then build as usual."""
-        ffi_builder().emit_c_code(ext.sources[0])
+        ffi_builder().emit_c_code(str(next(iter(ext.sources))))
         ext.py_limited_api = True
         ext.define_macros.append(("Py_LIMITED_API", "0x030A0000"))
         super().build_extension(ext)

@@ -20,6 +20,7 @@
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -79,6 +80,37 @@ int64_t uffd_mmap(uint64_t addr, size_t len, int prot, int flags, int fd, int64_
 	void *p = mmap((void *)addr, len, prot, flags, fd, offset);
 
 	return p == MAP_FAILED ? -errno : (int64_t)(intptr_t)p;
+}
+
+int64_t uffd_munmap(uint64_t addr, size_t len)
+{
+	return munmap((void *)addr, len) ? -errno : 0;
+}
+
+int64_t uffd_mremap(uint64_t addr, size_t old_len, size_t new_len, int flags, uint64_t new_addr)
+{
+	void *p = mremap((void *)addr, old_len, new_len, flags, new_addr);
+
+	return p == MAP_FAILED ? -errno : (int64_t)(intptr_t)p;
+}
+
+int64_t uffd_madvise(uint64_t addr, size_t len, int advice)
+{
+	return madvise((void *)addr, len, advice) ? -errno : 0;
+}
+
+int64_t uffd_mprotect(uint64_t addr, size_t len, int prot)
+{
+	return mprotect((void *)addr, len, prot) ? -errno : 0;
+}
+
+int uffd_die_with_parent(int parent)
+{
+	if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0))
+		return -errno;
+	if (getppid() != parent)
+		raise(SIGKILL);
+	return 0;
 }
 
 /* ---- touching memory -------------------------------------------------------------------------------------- */
@@ -402,22 +434,22 @@ static void prepare(const struct uffd_handler *h, enum uffd_action action, bool 
 }
 
 /* A unit that is filled already must be refused with EEXIST, and that refusal must do no harm. */
-static void retry(struct uffd_handler *h, unsigned int source, struct request r, uint64_t offset)
+static void retry(struct uffd_handler *h, unsigned int source, struct request *r, uint64_t offset)
 {
 	int ret, err;
 
 	if (h->config.retry_at) {
-		if (r.code == UFFDIO_COPY)
-			r.copy.dst = h->config.retry_at + offset;
+		if (r->code == UFFDIO_COPY)
+			r->copy.dst = h->config.retry_at + offset;
 		else
-			r.fill.range.start = h->config.retry_at + offset;
+			r->fill.range.start = h->config.retry_at + offset;
 	}
-	*r.output = 0;
-	ret = ioctl(h->uffds[source], r.code, &r.copy);
+	*r->output = 0;
+	ret = ioctl(h->uffds[source], r->code, &r->copy);
 	err = ret ? errno : 0;
-	if (err != EEXIST || *r.output != -EEXIST)
-		fail(h, source, (struct uffd_failure){ UFFD_NO_EEXIST, err, r.code, h->dst[source] + offset,
-						       *r.output });
+	if (err != EEXIST || *r->output != -EEXIST)
+		fail(h, source, (struct uffd_failure){ UFFD_NO_EEXIST, err, r->code, h->dst[source] + offset,
+						       *r->output });
 }
 
 static void flip(uint64_t addr, uint64_t len)
@@ -446,6 +478,8 @@ static bool resolve(struct uffd_handler *h, const struct msg *msg, unsigned int 
 	struct range at = { .len = h->config.unit };
 	enum uffd_action action;
 	struct request r;
+	int64_t output;
+	int err;
 
 	if (msg->arg.pagefault.address < h->dst[source] || offset >= h->config.len) {
 		fail(h, source, (struct uffd_failure){ UFFD_OUTSIDE, 0, 0, msg->arg.pagefault.address, 0 });
@@ -458,35 +492,38 @@ static bool resolve(struct uffd_handler *h, const struct msg *msg, unsigned int 
 		return true;
 	if (action == UFFD_CONTINUE && h->config.flip)
 		flip(h->config.flip + offset, h->config.unit);
-	prepare(h, action, flags & FLAG_RWP, at, offset, &r);
 	for (;;) {
-		int ret = ioctl(h->uffds[source], r.code, &r.copy), err = ret ? errno : 0;
-		int64_t output = r.output ? *r.output : 0;
-
-		if (!err && r.output && output != (int64_t)h->config.unit) {
-			fail(h, source, (struct uffd_failure){ UFFD_SHORT_OUTPUT, 0, r.code, at.start, output });
-		} else if (!err) {
-			count(h, &h->stats.resolved);
-			if (h->config.retry &&
-			    (action == UFFD_COPY || action == UFFD_ZEROPAGE || action == UFFD_CONTINUE))
-				retry(h, source, r, offset);
-		} else if (err == EEXIST) {
-			/* Whoever was first has woken who slept then; this thread came later. */
-			count(h, &h->stats.eexist);
-			wake(h, source, at);
-		} else if (err == EAGAIN) {
-			if (action == UFFD_CONTINUE && h->config.flip)
-				flip(h->config.flip + offset, h->config.unit);
-			count(h, &h->stats.eagain);
-			return false;
-		} else if (is_gone(h, source, at.start, err)) {
-			count(h, &h->stats.gone);
-			wake(h, source, at);
-		} else {
-			fail(h, source, (struct uffd_failure){ UFFD_IOCTL_FAILED, err, r.code, at.start, output });
-		}
-		return true;
+		prepare(h, action, flags & FLAG_RWP, at, offset, &r);
+		err = ioctl(h->uffds[source], r.code, &r.copy) ? errno : 0;
+		output = r.output ? *r.output : 0;
+		if (err != EAGAIN || output <= 0)
+			break;
+		at.start += output;	/* a part is done */
+		at.len -= output;
+		offset += output;
 	}
+	if (!err && r.output && output != (int64_t)at.len) {
+		fail(h, source, (struct uffd_failure){ UFFD_SHORT_OUTPUT, 0, r.code, at.start, output });
+	} else if (!err) {
+		count(h, &h->stats.resolved);
+		if (h->config.retry && (action == UFFD_COPY || action == UFFD_ZEROPAGE || action == UFFD_CONTINUE))
+			retry(h, source, &r, offset);
+	} else if (err == EEXIST) {
+		/* Whoever was first has woken who slept then; this thread came later. */
+		count(h, &h->stats.eexist);
+		wake(h, source, at);
+	} else if (err == EAGAIN) {
+		if (action == UFFD_CONTINUE && h->config.flip)
+			flip(h->config.flip + offset, h->config.unit);
+		count(h, &h->stats.eagain);
+		return false;
+	} else if (is_gone(h, source, at.start, err)) {
+		count(h, &h->stats.gone);
+		wake(h, source, at);
+	} else {
+		fail(h, source, (struct uffd_failure){ UFFD_IOCTL_FAILED, err, r.code, at.start, output });
+	}
+	return true;
 }
 
 static void pagefault(struct uffd_handler *h, const struct msg *msg, unsigned int source)
@@ -531,8 +568,8 @@ static void handle(struct uffd_handler *h, const struct msg *msg, unsigned int s
 	unsigned int child = h->nr_uffds;
 
 	pthread_mutex_lock(&h->lock);
-	if (h->config.log && h->stats.messages < h->config.log_size) {
-		struct uffd_message *entry = &h->config.log[h->stats.messages];
+	if (h->stats.logged < h->config.log_size && !(h->config.log_events_only && msg->event == EVENT_PAGEFAULT)) {
+		struct uffd_message *entry = &h->config.log[h->stats.logged++];
 
 		memcpy(entry->bytes, msg, sizeof(*msg));
 		entry->source = source;

@@ -14,8 +14,17 @@ int64_t uffd_syscall(long nr, long a0, long a1, long a2, long a3, long a4, long 
 /* The result of ioctl(2), or -errno. */
 int64_t uffd_ioctl(int fd, unsigned long request, uint64_t arg);
 
-/* mmap(2), or -errno; one name for the architectures' different calls. */
+/* mmap(2), munmap(2), mremap(2), madvise(2), mprotect(2): their result, or -errno.  They have names of their own because
+ * their numbers and arguments differ between architectures, and because each may wait for an event to be read. */
 int64_t uffd_mmap(uint64_t addr, size_t len, int prot, int flags, int fd, int64_t offset);
+int64_t uffd_munmap(uint64_t addr, size_t len);
+int64_t uffd_mremap(uint64_t addr, size_t old_len, size_t new_len, int flags, uint64_t new_addr);
+int64_t uffd_madvise(uint64_t addr, size_t len, int advice);
+int64_t uffd_mprotect(uint64_t addr, size_t len, int prot);
+
+/* Have the kernel kill this process when the thread that forked it ends; call it in the child.  Kills at once when the
+ * parent is not `parent` any more.  0, or -errno. */
+int uffd_die_with_parent(int parent);
 
 /* ---- touching memory ----------------------------------------------------------------------------------- */
 
@@ -100,8 +109,9 @@ struct uffd_handler_config {
 	int retry;			/* repeat each successful COPY, ZEROPAGE and CONTINUE: EEXIST, or it is a failure */
 	uint64_t retry_at;		/* where to repeat it: another mapping of dst; 0 stands for dst itself */
 	int unregister_removed;		/* unregister, then wake, each range that a REMOVE event names */
-	struct uffd_message *log;	/* room for the first log_size messages, or NULL */
+	struct uffd_message *log;	/* room for the first log_size messages */
 	uint64_t log_size;
+	int log_events_only;		/* leave page faults out of the log */
 };
 
 /* A message as it was read, and from which uffd of the handler (0: its own, 1...: from FORK events). */
@@ -111,7 +121,7 @@ struct uffd_message {
 };
 
 struct uffd_stats {
-	uint64_t messages;
+	uint64_t messages, logged;
 	uint64_t missing, minor, wp, rwp;	/* page faults by kind */
 	uint64_t write;				/* missing faults with UFFD_PAGEFAULT_FLAG_WRITE */
 	uint64_t fork, remap, remove, unmap;

@@ -1,0 +1,860 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What the cases are written in: the userfaultfd handle, the fault handler, contexts, processes, pagemap.
+
+It stands where uffd-common.c stands upstream, without its globals. Nothing here knows pytest.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import struct
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from ctypes import addressof, sizeof
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol
+
+from uffd_selftests import uapi
+from uffd_selftests.mem_types import Area, MemType, pmd_size
+from uffd_selftests.memory import (
+    PAGE_SIZE,
+    Advice,
+    KernelError,
+    Range,
+    advise,
+    checked,
+    errno_name,
+)
+from uffd_selftests.native import ffi, lib
+from uffd_selftests.uapi import (
+    ContinueMode,
+    CopyMode,
+    Event,
+    Feature,
+    MoveMode,
+    PagefaultFlag,
+    PoisonMode,
+    RangeIoctls,
+    RegisterMode,
+    RwprotectMode,
+    WriteprotectMode,
+    ZeropageMode,
+)
+
+MISSING = RegisterMode.MISSING
+WP = RegisterMode.WP
+MINOR = RegisterMode.MINOR
+RWP = RegisterMode.RWP
+
+DEADLINE = 10.0 * float(os.environ.get("UFFD_DEADLINE_SCALE") or 1)
+"""Seconds after which something awaited counts as not happening."""
+
+DEFAULT_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | uapi.UFFD_USER_MODE_ONLY
+"""Flags of a handle unless a case says otherwise: those of upstream, which need no privilege."""
+
+UNTOUCHED = -0x5EED_0BAD_CAFE
+"""Output fields hold this before the call; the kernel writes no such value."""
+
+
+class Skip(Exception):
+    """Something the case needs is missing; the text is the reason, with the remedy."""
+
+
+def expect(observed: object, expected: object, what: str) -> None:
+    """Assert equality; a failure says ``what: expected X, got Y``."""
+    if observed != expected:
+        raise AssertionError(f"{what}: expected {expected}, got {observed}")
+
+
+# ---- messages ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fault:
+    """UFFD_EVENT_PAGEFAULT. ``ptid`` is 0 without UFFD_FEATURE_THREAD_ID."""
+
+    address: int
+    flags: PagefaultFlag
+    ptid: int = 0
+
+
+@dataclass(frozen=True)
+class Forked:
+    """UFFD_EVENT_FORK: the descriptor that serves the child."""
+
+    ufd: int
+
+
+@dataclass(frozen=True)
+class Remapped:
+    """UFFD_EVENT_REMAP, in bytes."""
+
+    start: int
+    to: int
+    len: int
+
+
+@dataclass(frozen=True)
+class Removed:
+    """UFFD_EVENT_REMOVE."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Unmapped:
+    """UFFD_EVENT_UNMAP."""
+
+    start: int
+    end: int
+
+
+Message = Fault | Forked | Remapped | Removed | Unmapped
+
+MESSAGE_SIZE = sizeof(uapi.uffd_msg)
+
+
+def parse_message(raw: bytes) -> Message:
+    """Return what one uffd_msg says; every byte that its event does not define must be zero."""
+    msg = uapi.uffd_msg.from_buffer_copy(raw)
+    arg = msg.arg
+    message: Message
+    match msg.event:
+        case Event.PAGEFAULT:
+            fault = arg.pagefault
+            message, used = Fault(fault.address, PagefaultFlag(fault.flags), fault.feat.ptid), 20
+        case Event.FORK:
+            message, used = Forked(arg.fork.ufd), 4
+        case Event.REMAP:
+            message, used = Remapped(arg.remap.from_, arg.remap.to, arg.remap.len), 24
+        case Event.REMOVE:
+            message, used = Removed(arg.remove.start, arg.remove.end), 16
+        case Event.UNMAP:
+            message, used = Unmapped(arg.remove.start, arg.remove.end), 16
+        case _:
+            raise AssertionError(f"unknown event {msg.event:#x} in message {raw.hex()}")
+    if any(raw[1:8]) or any(raw[8 + used :]):
+        raise AssertionError(f"reserved bytes of {Event(msg.event)} are not zero: {raw.hex()}")
+    return message
+
+
+# ---- the handle ----------------------------------------------------------------------------------------------------
+
+
+class UffdError(KernelError):
+    """An ioctl of a userfaultfd failed. ``output`` is the output field afterwards, None where there is none."""
+
+    def __init__(self, number: int, call: str, field: str | None = None, output: int | None = None) -> None:
+        super().__init__(number, call)
+        self.field = field
+        self.output = output
+
+    def __str__(self) -> str:
+        return super().__str__() + _output_text(self.field, self.output)
+
+
+def _output_text(field: str | None, output: int | None) -> str:
+    if field is None or output is None:
+        return ""
+    return f" with {field} {'untouched' if output == UNTOUCHED else f'= {errno_name(output)}'}"
+
+
+@contextmanager
+def refuses(number: int, *, output: int | None = None) -> Iterator[None]:
+    """Assert that the one ioctl in the block fails with this errno.
+
+    ``output`` is the value its output field must have then; by default -errno. UNTOUCHED stands for a field that
+    the kernel must leave alone. Requests without an output field only have the errno.
+    """
+    wanted = -number if output is None else output
+    try:
+        yield
+    except UffdError as error:
+        if error.errno != number or error.output not in (None, wanted):
+            text = errno_name(number) + (_output_text(error.field, wanted))
+            raise AssertionError(f"expected {text}; got {error}") from None
+    else:
+        raise AssertionError(f"expected {errno_name(number)}; the call succeeded")
+
+
+class FdInfo(NamedTuple):
+    """What /proc/PID/fdinfo says of a userfaultfd (userfaultfd_show_fdinfo)."""
+
+    pending: int
+    """Page faults that nobody has read yet."""
+    total: int
+    """Those, and the ones read but not resolved."""
+    api: int
+    features: int
+    ioctls: int
+
+
+class Uffd:
+    """A userfaultfd. Each ioctl is a method; it raises UffdError when the kernel refuses.
+
+    A fill ioctl that succeeds must have written the whole length into its output field; every call checks that.
+    """
+
+    def __init__(self, fd: int, features: Feature = Feature(0)) -> None:
+        self.fd = fd
+        self.features = features
+        """Bits enabled by UFFDIO_API."""
+        self.offered = Feature(0)
+        """Bits that the kernel offers, as UFFDIO_API answered."""
+
+    @classmethod
+    def create(cls, flags: int = DEFAULT_FLAGS, *, via: str | None = None) -> Uffd:
+        """Make a handle without UFFDIO_API, through the "syscall", the "device", or whichever works (None).
+
+        Errors are those of userfaultfd(2): EPERM without privilege, EINVAL for unknown flags, ENOSYS.
+        """
+        if via in (None, "syscall"):
+            ret = lib.uffd_syscall(uapi.NR_USERFAULTFD, flags, 0, 0, 0, 0, 0)
+            if ret >= 0 or via == "syscall" or not os.access("/dev/userfaultfd", os.R_OK | os.W_OK):
+                return cls(checked(ret, f"userfaultfd({flags:#x})"))
+        device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            ret = lib.uffd_ioctl(device, uapi.USERFAULTFD_IOC_NEW, flags)
+            return cls(checked(ret, f"USERFAULTFD_IOC_NEW({flags:#x})"))
+        finally:
+            os.close(device)
+
+    @classmethod
+    def open(cls, features: Feature = Feature(0), flags: int = DEFAULT_FLAGS, *, via: str | None = None) -> Uffd:
+        """Make a handle and enable features; ready to use."""
+        uffd = cls.create(flags, via=via)
+        try:
+            uffd.api(features)
+        except OSError:
+            uffd.close()
+            raise
+        return uffd
+
+    # -- plumbing
+
+    def ioctl(self, request: int, arg: Any, call: str, field: str | None = None) -> None:
+        """Issue one ioctl; ``call`` is how messages name it, ``field`` its output field."""
+        if field is not None:
+            setattr(arg, field, UNTOUCHED)
+        ret = lib.uffd_ioctl(self.fd, request, addressof(arg))
+        if ret:
+            raise UffdError(-ret, call, field, None if field is None else getattr(arg, field))
+
+    def _fill(self, request: int, arg: Any, call: str, field: str, length: int) -> int:
+        self.ioctl(request, arg, call, field)
+        output: int = getattr(arg, field)
+        if output != length:
+            raise AssertionError(f"{call}: returned 0{_output_text(field, output)}, expected {field} = {length}")
+        return output
+
+    # -- one method an ioctl
+
+    def api(self, features: Feature = Feature(0), api: int = uapi.UFFD_API) -> uapi.uffdio_api:
+        """UFFDIO_API: enable features; returns the struct as the kernel left it.
+
+        EINVAL: other api, unknown feature, second call. EPERM: EVENT_FORK without CAP_SYS_PTRACE.
+        """
+        arg = uapi.uffdio_api(api=api, features=features)
+        self.ioctl(uapi.UFFDIO_API, arg, f"UFFDIO_API(api={api:#x}, features={features})")
+        self.features = features
+        self.offered = Feature(arg.features)
+        return arg
+
+    def register(self, where: Range, mode: RegisterMode) -> RangeIoctls:
+        """UFFDIO_REGISTER: report faults of these kinds; returns the ioctls that the range offers."""
+        arg = uapi.uffdio_register(uapi.uffdio_range(where.start, where.len), mode)
+        self.ioctl(uapi.UFFDIO_REGISTER, arg, f"UFFDIO_REGISTER({where}, {mode})")
+        return RangeIoctls(arg.ioctls)
+
+    def unregister(self, where: Range) -> None:
+        """UFFDIO_UNREGISTER. Follow with wake() where a thread may be touching the range: see release()."""
+        arg = uapi.uffdio_range(where.start, where.len)
+        self.ioctl(uapi.UFFDIO_UNREGISTER, arg, f"UFFDIO_UNREGISTER({where})")
+
+    def wake(self, where: Range) -> None:
+        """UFFDIO_WAKE: let the threads that sleep on the range try again."""
+        arg = uapi.uffdio_range(where.start, where.len)
+        self.ioctl(uapi.UFFDIO_WAKE, arg, f"UFFDIO_WAKE({where})")
+
+    def release(self, where: Range) -> None:
+        """Unregister a range that is being touched.
+
+        With per-VMA locks a fault can slip in behind the wake of UFFDIO_UNREGISTER and sleep for ever, hence the
+        second one.
+        """
+        self.unregister(where)
+        self.wake(where)
+
+    def copy(self, dst: int, src: int, length: int, mode: CopyMode = CopyMode(0)) -> int:
+        """UFFDIO_COPY; returns the bytes copied, always the whole length."""
+        call = f"UFFDIO_COPY(dst={dst:#x}, src={src:#x}, len={length}, mode={mode})"
+        return self._fill(uapi.UFFDIO_COPY, uapi.uffdio_copy(dst, src, length, mode), call, "copy", length)
+
+    def zeropage(self, where: Range, mode: ZeropageMode = ZeropageMode(0)) -> int:
+        """UFFDIO_ZEROPAGE; returns the bytes zeroed."""
+        arg = uapi.uffdio_zeropage(uapi.uffdio_range(where.start, where.len), mode)
+        return self._fill(uapi.UFFDIO_ZEROPAGE, arg, f"UFFDIO_ZEROPAGE({where}, {mode})", "zeropage", where.len)
+
+    def move(self, dst: int, src: int, length: int, mode: MoveMode = MoveMode(0)) -> int:
+        """UFFDIO_MOVE; returns the bytes moved."""
+        call = f"UFFDIO_MOVE(dst={dst:#x}, src={src:#x}, len={length}, mode={mode})"
+        return self._fill(uapi.UFFDIO_MOVE, uapi.uffdio_move(dst, src, length, mode), call, "move", length)
+
+    def continue_(self, where: Range, mode: ContinueMode = ContinueMode(0)) -> int:
+        """UFFDIO_CONTINUE; returns the bytes mapped."""
+        arg = uapi.uffdio_continue(uapi.uffdio_range(where.start, where.len), mode)
+        return self._fill(uapi.UFFDIO_CONTINUE, arg, f"UFFDIO_CONTINUE({where}, {mode})", "mapped", where.len)
+
+    def poison(self, where: Range, mode: PoisonMode = PoisonMode(0)) -> int:
+        """UFFDIO_POISON; returns the bytes poisoned."""
+        arg = uapi.uffdio_poison(uapi.uffdio_range(where.start, where.len), mode)
+        return self._fill(uapi.UFFDIO_POISON, arg, f"UFFDIO_POISON({where}, {mode})", "updated", where.len)
+
+    def writeprotect(self, where: Range, mode: WriteprotectMode = WriteprotectMode.WP) -> None:
+        """UFFDIO_WRITEPROTECT: protect, or with mode 0 un-protect and wake."""
+        arg = uapi.uffdio_writeprotect(uapi.uffdio_range(where.start, where.len), mode)
+        self.ioctl(uapi.UFFDIO_WRITEPROTECT, arg, f"UFFDIO_WRITEPROTECT({where}, {mode})")
+
+    def unprotect(self, where: Range) -> None:
+        """UFFDIO_WRITEPROTECT with mode 0: drop the protection and wake."""
+        self.writeprotect(where, WriteprotectMode(0))
+
+    def rwprotect(self, where: Range, mode: RwprotectMode = RwprotectMode.RWP) -> None:
+        """UFFDIO_RWPROTECT: protect, or with mode 0 un-protect and wake."""
+        arg = uapi.uffdio_rwprotect(uapi.uffdio_range(where.start, where.len), mode)
+        self.ioctl(uapi.UFFDIO_RWPROTECT, arg, f"UFFDIO_RWPROTECT({where}, {mode})")
+
+    def set_mode(self, enable: Feature = Feature(0), disable: Feature = Feature(0)) -> None:
+        """UFFDIO_SET_MODE: switch RWP_ASYNC while the handle is in use."""
+        arg = uapi.uffdio_set_mode(enable, disable)
+        self.ioctl(uapi.UFFDIO_SET_MODE, arg, f"UFFDIO_SET_MODE(enable={enable}, disable={disable})")
+
+    # -- messages
+
+    def read(self, count: int = 1) -> list[Message]:
+        """read(2) of up to ``count`` messages; an empty list stands for EAGAIN."""
+        try:
+            raw = os.read(self.fd, count * MESSAGE_SIZE)
+        except BlockingIOError:
+            return []
+        return [parse_message(raw[at : at + MESSAGE_SIZE]) for at in range(0, len(raw), MESSAGE_SIZE)]
+
+    def readable(self, timeout: float = 0) -> bool:
+        """Whether poll(2) says POLLIN, within ``timeout`` seconds. Needs O_NONBLOCK."""
+        poller = select.poll()
+        poller.register(self.fd, select.POLLIN)
+        return any(events & select.POLLIN for _, events in poller.poll(timeout * 1000))
+
+    def wait(self, what: str = "a message") -> Message:
+        """Read the next message, waiting for it; AssertionError when none comes within the deadline."""
+        end = time.monotonic() + DEADLINE
+        while (left := end - time.monotonic()) > 0:
+            if self.readable(left) and (messages := self.read()):
+                return messages[0]
+        raise AssertionError(f"expected {what}; nothing came within {DEADLINE:g} seconds")
+
+    def expect_no_message(self) -> None:
+        """Assert that nothing is queued."""
+        messages = self.read()
+        if messages:
+            raise AssertionError(f"expected no message, got {messages[0]}")
+
+    # -- state
+
+    @property
+    def fdinfo(self) -> FdInfo:
+        """The counters of /proc/self/fdinfo."""
+        fields = {}
+        with open(f"/proc/self/fdinfo/{self.fd}") as file:
+            for line in file:
+                name, _, value = line.partition(":")
+                fields[name] = value.strip()
+        api, features, ioctls = (int(part, 16) for part in fields["API"].split(":"))
+        return FdInfo(int(fields["pending"]), int(fields["total"]), api, features, ioctls)
+
+    def fileno(self) -> int:
+        """The descriptor, for select and friends."""
+        return self.fd
+
+    def close(self) -> None:
+        """Close the descriptor; the last close unregisters everything and wakes everybody."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Uffd:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+# ---- the fault handler ---------------------------------------------------------------------------------------------
+
+
+class Action(IntEnum):
+    """What the handler thread does about a fault."""
+
+    RECORD = lib.UFFD_RECORD
+    COPY = lib.UFFD_COPY
+    ZEROPAGE = lib.UFFD_ZEROPAGE
+    MOVE = lib.UFFD_MOVE
+    POISON = lib.UFFD_POISON
+    CONTINUE = lib.UFFD_CONTINUE
+    UNPROTECT = lib.UFFD_UNPROTECT
+    WAKE = lib.UFFD_WAKE
+
+
+class Stats(NamedTuple):
+    """What a handler has seen and done so far."""
+
+    messages: int
+    logged: int
+    missing: int
+    minor: int
+    wp: int
+    rwp: int
+    write: int
+    """Missing faults that were writes."""
+    fork: int
+    remap: int
+    remove: int
+    unmap: int
+    resolved: int
+    eexist: int
+    eagain: int
+    gone: int
+
+
+class HandlerError(AssertionError):
+    """The handler thread met something that it should not have met."""
+
+
+class FaultHandler:
+    """A native thread that answers the messages of a userfaultfd, in a ``with`` block.
+
+    ``where`` is the registered area, ``src`` where COPY and MOVE take its data from; a fault outside the area is an
+    error. ``unit`` is how many bytes a fault resolves (default: a page), ``plan`` the actions for missing faults
+    unit by unit. ``flip`` is a second mapping of the area through which a minor fault's page is bit flipped first. ``retry``
+    repeats every fill, at the second mapping ``retry_at`` if given, and wants EEXIST. At the end of the block the
+    thread answers what is queued and ends; if it met an error, that is raised.
+    """
+
+    def __init__(
+        self,
+        uffd: Uffd,
+        where: Range,
+        page_size: int,
+        *,
+        src: Range | None = None,
+        unit: int | None = None,
+        missing: Action = Action.COPY,
+        minor: Action = Action.CONTINUE,
+        wp: Action = Action.UNPROTECT,
+        rwp: Action = Action.UNPROTECT,
+        plan: Sequence[Action] | None = None,
+        copy_mode: CopyMode = CopyMode(0),
+        zeropage_mode: ZeropageMode = ZeropageMode(0),
+        move_mode: MoveMode = MoveMode(0),
+        continue_mode: ContinueMode = ContinueMode(0),
+        poison_mode: PoisonMode = PoisonMode(0),
+        flip: Range | None = None,
+        retry: bool = False,
+        retry_at: Range | None = None,
+        unregister_removed: bool = False,
+        blocking: bool = False,
+        log_size: int = 64,
+        log_events_only: bool = False,
+    ) -> None:
+        self._plan = ffi.new("uint8_t[]", [int(action) for action in plan]) if plan is not None else ffi.NULL
+        self._log = ffi.new("struct uffd_message[]", log_size)
+        self._config = ffi.new(
+            "struct uffd_handler_config *",
+            {
+                "uffd": uffd.fd,
+                "blocking": blocking,
+                "dst": where.start,
+                "src": src.start if src else 0,
+                "len": where.len,
+                "unit": unit or page_size,
+                "flip": flip.start if flip else 0,
+                "missing": int(missing),
+                "minor": int(minor),
+                "wp": int(wp),
+                "rwp": int(rwp),
+                "plan": self._plan,
+                "copy_mode": int(copy_mode),
+                "zeropage_mode": int(zeropage_mode),
+                "move_mode": int(move_mode),
+                "continue_mode": int(continue_mode),
+                "poison_mode": int(poison_mode),
+                "retry": retry,
+                "retry_at": retry_at.start if retry_at else 0,
+                "unregister_removed": unregister_removed,
+                "log": self._log,
+                "log_size": log_size,
+                "log_events_only": log_events_only,
+            },
+        )
+        self._handler: Any = None
+        self._final: Stats | None = None
+
+    def __enter__(self) -> FaultHandler:
+        self._handler = lib.uffd_handler_start(self._config)
+        if self._handler == ffi.NULL:
+            raise KernelError(ffi.errno, "pthread_create")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        lib.uffd_handler_stop(self._handler)
+        self._final = self.stats
+        failure = self._failure()
+        lib.uffd_handler_free(self._handler)
+        self._handler = None
+        # What the handler met came first: the error in the block is its consequence.
+        if failure is not None:
+            raise HandlerError(failure) from error
+
+    @property
+    def stats(self) -> Stats:
+        """Counters; final after the block."""
+        if self._final is not None:
+            return self._final
+        stats = ffi.new("struct uffd_stats *")
+        lib.uffd_handler_stats(self._handler, stats)
+        return Stats(*(getattr(stats, name) for name in Stats._fields))
+
+    @property
+    def messages(self) -> list[Message]:
+        """The first ``log_size`` messages, in the order in which they were read; without faults if so asked."""
+        return [parse_message(bytes(ffi.buffer(self._log[i].bytes))) for i in range(self.stats.logged)]
+
+    def _failure(self) -> str | None:
+        failure = ffi.new("struct uffd_failure *")
+        lib.uffd_handler_failure(self._handler, failure)
+        call = f"{uapi.IOCTL_NAMES.get(failure.request, failure.request)} at {failure.address:#x}"
+        error = errno_name(failure.err) if failure.err else "success"
+        match failure.kind:
+            case lib.UFFD_OK:
+                return None
+            case lib.UFFD_IOCTL_FAILED:
+                return f"{call}: expected success, got {error} with output {errno_name(failure.output)}"
+            case lib.UFFD_SHORT_OUTPUT:
+                return f"{call}: returned 0, expected output {self._config.unit}, got {errno_name(failure.output)}"
+            case lib.UFFD_NO_EEXIST:
+                output = errno_name(failure.output)
+                return f"{call} repeated: expected EEXIST with output -EEXIST, got {error} with output {output}"
+            case lib.UFFD_OUTSIDE:
+                where = Range(self._config.dst, self._config.len)
+                return f"page fault at {failure.address:#x}, outside the registered area {where}"
+            case lib.UFFD_UNKNOWN_EVENT:
+                return f"unknown event {failure.output:#x}"
+            case lib.UFFD_READ_FAILED:
+                return f"poll or read of the userfaultfd: {error} (result {failure.output})"
+            case _:
+                return f"more than {failure.output} forks or postponed faults"
+
+
+def stats_report(handlers: Sequence[FaultHandler]) -> str:
+    """One line with the faults by kind: total, and in brackets the part of each handler (one per CPU, usually)."""
+    parts = []
+    for kind in ("missing", "minor", "wp", "rwp"):
+        counts = [getattr(handler.stats, kind) for handler in handlers]
+        if any(counts):
+            parts.append(f"{sum(counts)} {kind} ({'+'.join(map(str, counts))})")
+    return "userfaults: " + (" ".join(parts) or "none")
+
+
+# ---- contexts ------------------------------------------------------------------------------------------------------
+
+
+class ContextHook(Protocol):
+    """Called while a context is made; may raise Skip."""
+
+    def __call__(self, ctx: Context, /) -> None:
+        """Prepare the context."""
+
+
+class Context:
+    """What a case works on: a userfaultfd, a source area and a destination area of one memory type.
+
+    Both areas are mapped at first use, empty. Leaving the block closes and unmaps everything.
+    """
+
+    def __init__(
+        self,
+        mem: MemType,
+        *,
+        features: Feature = Feature(0),
+        nr_pages: int = 2,
+        pre_alloc: ContextHook | None = None,
+        post_alloc: ContextHook | None = None,
+    ) -> None:
+        self.mem = mem
+        self.features = features
+        self.nr_pages = nr_pages
+        self.page_size = mem.page_size
+        self._hooks = (pre_alloc, post_alloc)
+        self._areas: list[Area] = []
+
+    @cached_property
+    def uffd(self) -> Uffd:
+        """The handle, with the context's features."""
+        return Uffd.open(self.features)
+
+    @cached_property
+    def src(self) -> Area:
+        """Where the data come from; never registered unless a case does it."""
+        return self.allocate(reserve=True)
+
+    @cached_property
+    def dst(self) -> Area:
+        """Where the faults happen."""
+        return self.allocate()
+
+    def allocate(self, nr_pages: int | None = None, *, reserve: bool = False) -> Area:
+        """Map a further area, unmapped with the context."""
+        try:
+            area = self.mem.allocate(nr_pages or self.nr_pages, reserve=reserve)
+        except KernelError as error:
+            if error.errno == errno.ENOMEM and self.mem.hugetlb:
+                raise Skip(f"{nr_pages or self.nr_pages} huge pages cannot be reserved: {error}") from None
+            raise
+        self._areas.append(area)
+        return area
+
+    def handler(self, **options: Any) -> FaultHandler:
+        """A fault handler for the destination area, taking its data from the source area; options as FaultHandler."""
+        options.setdefault("src", self.src.range)
+        return FaultHandler(self.uffd, options.pop("where", self.dst.range), self.page_size, **options)
+
+    def __enter__(self) -> Context:
+        pre_alloc, post_alloc = self._hooks
+        try:
+            if pre_alloc:
+                pre_alloc(self)
+            if post_alloc:
+                post_alloc(self)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the handle, then unmap the areas: nobody waits for an event then."""
+        if "uffd" in self.__dict__:
+            self.uffd.close()
+        for area in self._areas:
+            area.close()
+        self._areas.clear()
+
+
+def prevent_hugepages(ctx: Context) -> None:
+    """Keep transparent huge pages out of the source area, which is empty yet; fine without THP."""
+    try:
+        advise(ctx.src.range, Advice.NOHUGEPAGE)
+    except KernelError as error:
+        if error.errno != errno.EINVAL:
+            raise
+
+
+def request_hugepages(ctx: Context) -> None:
+    """Have the source area, which is empty yet, filled with transparent huge pages."""
+    if pmd_size() > ctx.src.range.len:
+        raise Skip(f"a transparent huge page is {pmd_size()} bytes, the area only {ctx.src.range.len}: --area-mib")
+    try:
+        advise(ctx.src.range, Advice.HUGEPAGE)
+    except KernelError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise Skip("the kernel lacks CONFIG_TRANSPARENT_HUGEPAGE") from None
+
+
+# ---- threads and processes -----------------------------------------------------------------------------------------
+
+
+class Waiter:
+    """A thread that makes one call which is expected to sleep in the kernel, in a ``with`` block.
+
+    The call must release the interpreter's lock: everything in memory.py and every Uffd method does.
+    """
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self._call = call
+        self._result: object = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._main, daemon=True)
+
+    def _main(self) -> None:
+        try:
+            self._result = self._call()
+        except BaseException as error:
+            self._error = error
+
+    @property
+    def done(self) -> bool:
+        """Whether the call has returned."""
+        return not self._thread.is_alive()
+
+    @property
+    def tid(self) -> int:
+        """The thread's id in the kernel."""
+        return self._thread.native_id or 0
+
+    def result(self) -> object:
+        """Wait for the call and return its result, or raise what it raised."""
+        self._thread.join(DEADLINE)
+        if self._thread.is_alive():
+            raise AssertionError(f"the call did not return within {DEADLINE:g} seconds; it sleeps in {self.wchan}")
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    @property
+    def wchan(self) -> str:
+        """The kernel function in which the thread sleeps; "0" where it does not, or the kernel does not tell."""
+        try:
+            with open(f"/proc/self/task/{self.tid}/wchan") as file:
+                return file.read()
+        except OSError:
+            return "0"
+
+    def __enter__(self) -> Waiter:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After an error the thread may sleep for good; it is a daemon and goes with the process.
+        if kind is None:
+            self.result()
+
+
+class ChildError(AssertionError):
+    """A child process failed; the text says how."""
+
+
+class Child:
+    """A function run in a forked process, in a ``with`` block; leaving the block waits for it.
+
+    fork(2) itself waits until the event is read where UFFD_FEATURE_EVENT_FORK is on, with the interpreter's lock
+    held: have a FaultHandler running.
+    """
+
+    def __init__(self, target: Callable[[], None]) -> None:
+        self._target = target
+        self.pid = 0
+        self._pipe = -1
+
+    def __enter__(self) -> Child:
+        self._pipe, report = os.pipe2(os.O_CLOEXEC)
+        parent = os.getpid()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with warnings.catch_warnings():
+            # Python 3.12 warns of fork() beside threads: ours are native and hold no lock of the interpreter.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.pid = os.fork()
+        if self.pid == 0:
+            self._main(parent, report)
+        os.close(report)
+        return self
+
+    def _main(self, parent: int, report: int) -> None:
+        status = 1
+        try:
+            lib.uffd_die_with_parent(parent)
+            self._target()
+            status = 0
+        except BaseException as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            os.write(report, f"{error} (at {os.path.basename(last.filename)}:{last.lineno})".encode())
+        finally:
+            os._exit(status)
+
+    def wait(self) -> None:
+        """Wait for the end of the child; ChildError when it failed or was killed."""
+        if self.pid <= 0:
+            return
+        text = b""
+        while part := os.read(self._pipe, 65536):
+            text += part
+        os.close(self._pipe)
+        _, status = os.waitpid(self.pid, 0)
+        self.pid = -1
+        if os.WIFSIGNALED(status):
+            raise ChildError(f"the child process was killed by signal {os.WTERMSIG(status)}")
+        if status:
+            raise ChildError(f"in the child process: {text.decode(errors='replace')}")
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.wait()
+
+
+# ---- pagemap and pins ----------------------------------------------------------------------------------------------
+
+
+class Pagemap:
+    """/proc/self/pagemap of the process that asks: one 64-bit entry a base page (PM_* of uapi)."""
+
+    @staticmethod
+    def entry(address: int) -> int:
+        """Return the entry of the page at ``address``."""
+        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            raw = os.pread(fd, 8, address // PAGE_SIZE * 8)
+        finally:
+            os.close(fd)
+        return int(struct.unpack("=Q", raw)[0])
+
+    @classmethod
+    def uffd_wp(cls, address: int) -> bool:
+        """Whether the page is marked as protected, present or not (PM_UFFD_WP)."""
+        return bool(cls.entry(address) & uapi.PM_UFFD_WP)
+
+    @classmethod
+    def expect_uffd_wp(cls, address: int, expected: bool, when: str) -> None:
+        """Assert the mark of the page at ``address``."""
+        entry = cls.entry(address)
+        if bool(entry & uapi.PM_UFFD_WP) != expected:
+            state = "set" if expected else "clear"
+            raise AssertionError(f"{when}: expected PM_UFFD_WP {state} in pagemap, got entry {entry:#018x}")
+
+
+_PIN_LONGTERM_TEST_START = 0x4018_6707  # _IOW('g', 7, struct pin_longterm_test) of mm/gup_test.h
+_PIN_LONGTERM_TEST_STOP = 0x6708
+
+
+@contextmanager
+def pinned(where: Range) -> Iterator[None]:
+    """Hold a read-only long-term pin of the range, through CONFIG_GUP_TEST's debugfs file."""
+    from uffd_selftests.kernel import open_debugfs  # noqa: PLC0415 - the probe is not for every case
+
+    fd = open_debugfs("gup_test", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        arg = ffi.from_buffer(struct.pack("=QQI4x", where.start, where.len, 0))
+        address = int(ffi.cast("uintptr_t", arg))
+        checked(lib.uffd_ioctl(fd, _PIN_LONGTERM_TEST_START, address), f"PIN_LONGTERM_TEST_START({where})")
+        try:
+            yield
+        finally:
+            checked(lib.uffd_ioctl(fd, _PIN_LONGTERM_TEST_STOP, 0), "PIN_LONGTERM_TEST_STOP")
+    finally:
+        os.close(fd)
+
