@@ -1,0 +1,95 @@
+#!/bin/sh
+# SPDX-License-Identifier: GPL-2.0-only
+#
+# Runs the suite in a virtual environment that the first call makes; --help says how. --check: the project's own tests.
+#
+#   PYTHON      the interpreter to make the environment with (python3)
+#   UFFD_VENV   the environment's folder (.venv beside this file); none: run with PYTHON as it is
+#
+# Exit code 2 and one line that says what to do when the set-up is not usable; else the suite's exit code.
+set -eu
+
+die() {
+    echo "run_tests.sh: $1" >&2
+    exit 2
+}
+
+# Whether the environment is whole and was made from these sources; the built module, which other builds may replace,
+# counts as one of them.
+fresh() {
+    made='' made_with=''
+    { read -r made && read -r made_with; } 2>/dev/null <"$stamp" || true
+    now=$(cat "$here/pyproject.toml" "$native"/*.[ch] "$native"/*.py "$native"/*.so 2>/dev/null | cksum)
+    now="$now $(readlink -f "$venv/bin/python") $here"
+    [ "$now" = "$made" ] && [ "${PYTHON:-$made_with}" = "$made_with" ] && [ -x "$venv/bin/python" ] &&
+        { [ -z "$extra" ] || [ -e "$stamp.dev" ]; }
+}
+
+check_interpreter() {
+    command -v "$python" >/dev/null || die "no $python: apt-get install $packages"
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        die "$python is older than 3.10: name a newer one: PYTHON=python3.12 ./run_tests.sh"
+    missing=$("$python" -c '
+import importlib.util as util, os, shutil, sysconfig
+compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
+header = os.path.join(sysconfig.get_path("include"), "Python.h")
+found = {"python3-venv": util.find_spec("ensurepip"), "python3-dev": os.path.exists(header), "gcc": shutil.which(compiler)}
+print(*[package for package in found if not found[package]])')
+    [ -z "$missing" ] || die "missing for the set-up with $python: apt-get install $missing"
+}
+
+logged() { # STEP COMMAND...
+    step=$1
+    shift
+    "$@" >>"$venv/setup.log" 2>&1 </dev/null && return
+    why=$(grep -i '^ *error: ' "$venv/setup.log" | grep -v subprocess-exited | head -n 1)
+    die "set-up: $step failed: ${why#*: } (log: $venv/setup.log)"
+}
+
+setup() {
+    echo "run_tests.sh: setting up $venv (once)" >&2
+    [ -w "$native" ] || die "cannot write to $here: copy the project to a folder of yours"
+    if [ -e "$venv" ] && [ ! -e "$stamp" ]; then
+        rmdir "$venv" 2>/dev/null || die "$venv is not of this script's making: move it, or name another in UFFD_VENV"
+    fi
+    if [ ! -s "$stamp" ] || [ "$python" != "$made_with" ] || ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
+        check_interpreter
+        rm -rf "$venv"
+        { mkdir -p "$venv" && true >"$stamp"; } 2>/dev/null || die "cannot write to $venv: name a folder in UFFD_VENV"
+        logged "python -m venv" "$python" -m venv "$venv"
+    fi
+    true >"$stamp" # empty: not whole
+    [ ! -e "$stamp.dev" ] || extra='[dev]'
+    # The same as in pyproject.toml: a build without isolation can be repeated without network.
+    logged pip "$venv/bin/python" -m pip install 'pip>=21.3' 'setuptools>=77' 'cffi>=1.16'
+    logged pip "$venv/bin/python" -m pip install --no-build-isolation --editable "$here$extra"
+    [ -z "$extra" ] || true >"$stamp.dev"
+    fresh || true
+    printf '%s\n' "$now" "$python" >"$stamp"
+}
+
+self=$0
+[ ! -L "$self" ] || self=$(readlink -f "$self")
+case $self in */*) ;; *) self=./$self ;; esac
+here=$(CDPATH='' cd "${self%/*}/" && pwd -P)
+native=$here/uffd_selftests/native
+python=${PYTHON:-python3}
+packages="python3-venv python3-dev gcc"
+module=uffd_selftests extra=''
+if [ "${1-}" = --check ]; then
+    module=uffd_selftests.check extra='[dev]'
+    shift
+fi
+export PYTHONSAFEPATH=1 # the current folder is nobody's business
+
+venv=${UFFD_VENV:-$here/.venv}
+case $venv in /* | none) ;; *) venv=$PWD/$venv ;; esac
+if [ "$venv" = none ]; then
+    for built in "$native"/*.so; do
+        [ ! -e "$built" ] || export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+    done
+    exec "$python" -m "$module" "$@"
+fi
+stamp=$venv/uffd-selftests.stamp
+fresh || { flock 9 2>/dev/null || true; fresh || setup; } 9<"$here/pyproject.toml"
+exec "$venv/bin/python" -m "$module" "$@"
