@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, TypeVar
 
 from uffd_selftests.uapi import Feature
@@ -18,6 +19,31 @@ ContextHook = Callable[["Context"], None]
 
 ATTRIBUTE = "uffd_case"
 """The attribute of the test function under which the harness finds the declaration."""
+
+
+class Kind(Enum):
+    """What stands behind a case."""
+
+    PROMISE = "promise"
+    """A document or a header states it."""
+    DETAIL = "detail"
+    """Only the kernel's source shows it; it could change. Left out with ``--documented-only``."""
+    VERSION = "version"
+    """It depends on the kernel's version or configuration; the case accepts each documented form."""
+
+
+@dataclass(frozen=True)
+class Defect:
+    """A known defect of current kernels: the case asserts the promise, its failure is expected and shown as XFAIL."""
+
+    id: str
+    """``D-`` and the first row it breaks: ``D-UNR-11``."""
+    summary: str
+    """What happens, in one sentence."""
+    kernels: str
+    """Where it was seen: ``6.12.117, 6.18.44``."""
+    advice: str
+    """What a user of such a kernel should do."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +70,12 @@ class Case:
     """Called when the areas are mapped and still empty; may raise Skip."""
     rows: tuple[str, ...] = ()
     """The promises of docs/contract.md that the case checks."""
+    kind: Kind = Kind.PROMISE
+    defect: Defect | None = None
+    """The known defect because of which an AssertionError of this case is an expected failure."""
+    smp: bool = False
+    """Let the case run on every CPU. The others are kept on one: a fault is then a switch to the handler and back
+    instead of two wake-ups of a sleeping CPU, which takes several times longer."""
 
     def result_name(self, variant: str | None = None, mem: MemType | None = None) -> str:
         """Return the name of one result: ``name (variant) on mem``."""
@@ -62,9 +94,26 @@ def uffd_case(
     pre_alloc: ContextHook | None = None,
     post_alloc: ContextHook | None = None,
     rows: tuple[str, ...] = (),
+    kind: Kind = Kind.PROMISE,
+    defect: Defect | None = None,
+    smp: bool = False,
 ) -> Callable[[F], F]:
     """Declare the decorated function as a case; the fields are those of Case."""
-    case = Case(name, mem, variants, features, needs, pages, spare_hugepages, pre_alloc, post_alloc, rows)
+    case = Case(
+        name=name,
+        mem=mem,
+        variants=variants,
+        features=features,
+        needs=needs,
+        pages=pages,
+        spare_hugepages=spare_hugepages,
+        pre_alloc=pre_alloc,
+        post_alloc=post_alloc,
+        rows=rows,
+        kind=kind,
+        defect=defect,
+        smp=smp,
+    )
 
     def declare(function: F) -> F:
         setattr(function, ATTRIBUTE, case)

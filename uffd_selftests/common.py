@@ -10,11 +10,7 @@ import errno
 import os
 import select
 import struct
-import sys
-import threading
 import time
-import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import addressof, sizeof
@@ -25,6 +21,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 from uffd_selftests import uapi
+from uffd_selftests.kernel import open_debugfs
 from uffd_selftests.mem_types import Area, MemType, pmd_size
 from uffd_selftests.memory import (
     PAGE_SIZE,
@@ -74,6 +71,26 @@ def expect(observed: object, expected: object, what: str) -> None:
     """Assert equality; a failure says ``what: expected X, got Y``."""
     if observed != expected:
         raise AssertionError(f"{what}: expected {expected}, got {observed}")
+
+
+@contextmanager
+def promise(*rows: str) -> Iterator[None]:
+    """Name the promises (row IDs of the contract) that the block checks: its failure begins with them."""
+    try:
+        yield
+    except (AssertionError, OSError) as error:
+        raise AssertionError(f"{' '.join(rows)}: {error}") from error
+
+
+def eventually(condition: Callable[[], bool], what: str) -> None:
+    """Wait until a state is reached that another thread or process must reach; AssertionError after the deadline."""
+    end = time.monotonic() + DEADLINE
+    pause = 0.0
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError(f"expected {what} within {DEADLINE:g} seconds")
+        time.sleep(pause)
+        pause = min(2 * pause + 0.0001, 0.01)
 
 
 # ---- messages ------------------------------------------------------------------------------------------------------
@@ -364,6 +381,24 @@ class Uffd:
                 return messages[0]
         raise AssertionError(f"expected {what}; nothing came within {DEADLINE:g} seconds")
 
+    def wait_fault(self, where: Range | int, flags: PagefaultFlag = PagefaultFlag(0)) -> Fault:
+        """Read the next message: a page fault in ``where`` (at it, if it is an address) with exactly these flags."""
+        message = self.wait(f"a page fault with flags {flags}")
+        inside = isinstance(message, Fault) and (
+            message.address == where if isinstance(where, int) else message.address in where
+        )
+        if not isinstance(message, Fault) or message.flags != flags or not inside:
+            place = f"at {where:#x}" if isinstance(where, int) else f"in {where}"
+            raise AssertionError(f"expected a page fault {place} with flags {flags}, got {message}")
+        return message
+
+    def expect_asleep(self, threads: int) -> None:
+        """Assert how many threads sleep in a fault of this handle.
+
+        A wake takes a thread off the kernel's list at once, before it runs again, so this needs no patience.
+        """
+        expect(self.fdinfo.total, threads, "threads asleep in a fault (total: of fdinfo)")
+
     def expect_no_message(self) -> None:
         """Assert that nothing is queued."""
         messages = self.read()
@@ -446,9 +481,9 @@ class FaultHandler:
 
     ``where`` is the registered area, ``src`` where COPY and MOVE take its data from; a fault outside the area is an
     error. ``unit`` is how many bytes a fault resolves (default: a page), ``plan`` the actions for missing faults
-    unit by unit. ``flip`` is a second mapping of the area through which a minor fault's page is bit flipped first. ``retry``
-    repeats every fill, at the second mapping ``retry_at`` if given, and wants EEXIST. At the end of the block the
-    thread answers what is queued and ends; if it met an error, that is raised.
+    unit by unit. ``flip`` is a second mapping of the area through which a minor fault's page is bit flipped first.
+    ``retry`` repeats every fill, at the second mapping ``retry_at`` if given, and wants EEXIST. At the end of the
+    block the thread answers what is queued and ends; if it met an error, that is raised.
     """
 
     def __init__(
@@ -686,127 +721,6 @@ def request_hugepages(ctx: Context) -> None:
         raise Skip("the kernel lacks CONFIG_TRANSPARENT_HUGEPAGE") from None
 
 
-# ---- threads and processes -----------------------------------------------------------------------------------------
-
-
-class Waiter:
-    """A thread that makes one call which is expected to sleep in the kernel, in a ``with`` block.
-
-    The call must release the interpreter's lock: everything in memory.py and every Uffd method does.
-    """
-
-    def __init__(self, call: Callable[[], object]) -> None:
-        self._call = call
-        self._result: object = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._main, daemon=True)
-
-    def _main(self) -> None:
-        try:
-            self._result = self._call()
-        except BaseException as error:
-            self._error = error
-
-    @property
-    def done(self) -> bool:
-        """Whether the call has returned."""
-        return not self._thread.is_alive()
-
-    @property
-    def tid(self) -> int:
-        """The thread's id in the kernel."""
-        return self._thread.native_id or 0
-
-    def result(self) -> object:
-        """Wait for the call and return its result, or raise what it raised."""
-        self._thread.join(DEADLINE)
-        if self._thread.is_alive():
-            raise AssertionError(f"the call did not return within {DEADLINE:g} seconds; it sleeps in {self.wchan}")
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-    @property
-    def wchan(self) -> str:
-        """The kernel function in which the thread sleeps; "0" where it does not, or the kernel does not tell."""
-        try:
-            with open(f"/proc/self/task/{self.tid}/wchan") as file:
-                return file.read()
-        except OSError:
-            return "0"
-
-    def __enter__(self) -> Waiter:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # After an error the thread may sleep for good; it is a daemon and goes with the process.
-        if kind is None:
-            self.result()
-
-
-class ChildError(AssertionError):
-    """A child process failed; the text says how."""
-
-
-class Child:
-    """A function run in a forked process, in a ``with`` block; leaving the block waits for it.
-
-    fork(2) itself waits until the event is read where UFFD_FEATURE_EVENT_FORK is on, with the interpreter's lock
-    held: have a FaultHandler running.
-    """
-
-    def __init__(self, target: Callable[[], None]) -> None:
-        self._target = target
-        self.pid = 0
-        self._pipe = -1
-
-    def __enter__(self) -> Child:
-        self._pipe, report = os.pipe2(os.O_CLOEXEC)
-        parent = os.getpid()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        with warnings.catch_warnings():
-            # Python 3.12 warns of fork() beside threads: ours are native and hold no lock of the interpreter.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self.pid = os.fork()
-        if self.pid == 0:
-            self._main(parent, report)
-        os.close(report)
-        return self
-
-    def _main(self, parent: int, report: int) -> None:
-        status = 1
-        try:
-            lib.uffd_die_with_parent(parent)
-            self._target()
-            status = 0
-        except BaseException as error:
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            os.write(report, f"{error} (at {os.path.basename(last.filename)}:{last.lineno})".encode())
-        finally:
-            os._exit(status)
-
-    def wait(self) -> None:
-        """Wait for the end of the child; ChildError when it failed or was killed."""
-        if self.pid <= 0:
-            return
-        text = b""
-        while part := os.read(self._pipe, 65536):
-            text += part
-        os.close(self._pipe)
-        _, status = os.waitpid(self.pid, 0)
-        self.pid = -1
-        if os.WIFSIGNALED(status):
-            raise ChildError(f"the child process was killed by signal {os.WTERMSIG(status)}")
-        if status:
-            raise ChildError(f"in the child process: {text.decode(errors='replace')}")
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.wait()
-
-
 # ---- pagemap and pins ----------------------------------------------------------------------------------------------
 
 
@@ -844,8 +758,6 @@ _PIN_LONGTERM_TEST_STOP = 0x6708
 @contextmanager
 def pinned(where: Range) -> Iterator[None]:
     """Hold a read-only long-term pin of the range, through CONFIG_GUP_TEST's debugfs file."""
-    from uffd_selftests.kernel import open_debugfs  # noqa: PLC0415 - the probe is not for every case
-
     fd = open_debugfs("gup_test", os.O_RDWR | os.O_CLOEXEC)
     try:
         arg = ffi.from_buffer(struct.pack("=QQI4x", where.start, where.len, 0))

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from uffd_selftests.case import uffd_case
-from uffd_selftests.common import MISSING, WP, Child, Context, Forked, Remapped, Removed, expect
+from uffd_selftests.common import MISSING, WP, Context, Forked, Remapped, Removed, expect
 from uffd_selftests.mem_types import ALL
 from uffd_selftests.memory import remap
+from uffd_selftests.processes import Child
 from uffd_selftests.uapi import CopyMode, Feature
 
 EVENTS = Feature.EVENT_FORK | Feature.EVENT_REMAP | Feature.EVENT_REMOVE
@@ -30,7 +31,7 @@ def events(ctx: Context, *, wp: bool = False) -> None:
 
     mode = CopyMode.WP if wp else CopyMode(0)
     handler = ctx.handler(copy_mode=mode, unregister_removed=True, log_events_only=True)
-    with handler, Child(lambda: live(ctx)):
+    with handler, Child(lambda _: live(ctx)):
         pass
 
     match handler.messages:

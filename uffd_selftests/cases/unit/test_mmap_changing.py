@@ -7,9 +7,10 @@ from collections.abc import Callable
 from errno import EAGAIN
 
 from uffd_selftests.case import uffd_case
-from uffd_selftests.common import MISSING, Context, Removed, Waiter, expect, refuses
+from uffd_selftests.common import MISSING, Context, Removed, expect, refuses
 from uffd_selftests.mem_types import SHMEM
 from uffd_selftests.memory import Range
+from uffd_selftests.processes import Waiter
 from uffd_selftests.uapi import Feature
 
 

@@ -6,9 +6,10 @@ from __future__ import annotations
 from signal import SIGBUS
 
 from uffd_selftests.case import uffd_case
-from uffd_selftests.common import MISSING, WP, Action, Child, Context, expect
+from uffd_selftests.common import MISSING, WP, Action, Context, expect
 from uffd_selftests.mem_types import ALL
 from uffd_selftests.memory import Range, touch_trapped
+from uffd_selftests.processes import Child
 from uffd_selftests.uapi import CopyMode, Feature
 
 
@@ -45,7 +46,7 @@ def sigbus(ctx: Context, *, wp: bool = False) -> None:
 
     ctx.dst.release()
     record = {"missing": Action.RECORD, "wp": Action.RECORD, "src": None}
-    with ctx.handler(**record) as handler, Child(lambda: expect_sigbus(half, ctx.page_size, "read in the child")):
+    with ctx.handler(**record) as handler, Child(lambda _: expect_sigbus(half, ctx.page_size, "read in the child")):
         pass
     expect((handler.stats.messages, handler.stats.fork), (1, 1), "messages, UFFD_EVENT_FORK among them")
 

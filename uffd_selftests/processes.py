@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Threads that sleep in the kernel, and processes of their own: what a case needs besides its own thread."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import signal
+import socket
+import struct
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from uffd_selftests import memory, syscalls
+from uffd_selftests.common import DEADLINE, Fault, Uffd, eventually
+from uffd_selftests.memory import Range
+from uffd_selftests.native import lib
+from uffd_selftests.uapi import PagefaultFlag
+
+NOBODY = 65534
+"""User and group id without any privilege."""
+
+
+class Waiter:
+    """A thread that makes one call which is expected to sleep in the kernel, in a ``with`` block.
+
+    The call must release the interpreter's lock: everything in memory.py and every Uffd method does.
+    """
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self._call = call
+        self._result: object = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._main, daemon=True)
+        self.fault: Fault | None = None
+        """The page fault that it sleeps in, where faulting() has read it."""
+
+    def _main(self) -> None:
+        try:
+            self._result = self._call()
+        except BaseException as error:
+            self._error = error
+
+    @property
+    def done(self) -> bool:
+        """Whether the call has returned."""
+        return not self._thread.is_alive()
+
+    @property
+    def tid(self) -> int:
+        """The thread's id in the kernel."""
+        return self._thread.native_id or 0
+
+    def result(self) -> object:
+        """Wait for the call and return its result, or raise what it raised."""
+        self._thread.join(DEADLINE)
+        if self._thread.is_alive():
+            raise AssertionError(f"the call did not return within {DEADLINE:g} seconds; it sleeps in {self.wchan}")
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    @property
+    def state(self) -> str:
+        """The state letter of /proc/PID/stat: R running, S or D asleep, T stopped; empty when it has ended."""
+        try:
+            return Path(f"/proc/self/task/{self.tid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return ""
+
+    def expect_sleeping(self) -> None:
+        """Wait until the thread sleeps in the kernel; AssertionError when it ends instead or runs on."""
+        eventually(lambda: self.done or self.state in ("S", "D"), "the thread to sleep")
+        if self.done:
+            raise AssertionError("expected the thread to sleep; its call has returned")
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the thread itself."""
+        signal.pthread_kill(self._thread.ident or 0, number)
+
+    @property
+    def wchan(self) -> str:
+        """The kernel function in which the thread sleeps; "0" where it does not, or the kernel does not tell."""
+        try:
+            return Path(f"/proc/self/task/{self.tid}/wchan").read_text()
+        except OSError:
+            return "0"
+
+    def __enter__(self) -> Waiter:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After an error the thread may sleep for good; it is a daemon and goes with the process.
+        if kind is None:
+            self.result()
+
+
+@contextmanager
+def faulting(
+    uffd: Uffd,
+    address: int,
+    *,
+    write: bool = False,
+    flags: PagefaultFlag | None = None,
+    call: Callable[[], object] | None = None,
+    read: bool = True,
+) -> Iterator[Waiter]:
+    """Have a thread fault at ``address``; the block runs while it sleeps, and leaving it waits for its end.
+
+    By default the thread reads a byte there, which is its result, or with ``write`` makes a write access that changes
+    nothing; ``call`` replaces that. The message is read, must carry ``flags`` and lands in ``waiter.fault``; with
+    ``read`` false it is left in the queue.
+    """
+    if call is None:
+        call = (lambda: memory.touch(Range(address, 1), 1, write=True)) if write else (lambda: memory.peek(address))
+    if flags is None:
+        flags = PagefaultFlag.WRITE if write else PagefaultFlag(0)
+    with Waiter(call) as waiter:
+        if read:
+            waiter.fault = uffd.wait_fault(Range(address // memory.PAGE_SIZE * memory.PAGE_SIZE, 1), flags)
+        elif not uffd.readable(DEADLINE):
+            raise AssertionError(f"expected a page fault at {address:#x}; nothing came within {DEADLINE:g} seconds")
+        yield waiter
+
+
+class ChildError(AssertionError):
+    """A child process failed; the text says how."""
+
+
+class Channel:
+    """One end of a connection between two processes: objects (pickled), and file descriptors (SCM_RIGHTS)."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = end
+        end.settimeout(DEADLINE)
+
+    def send(self, value: Any = None, *fds: int) -> None:
+        """Send a value and any number of descriptors, which arrive as duplicates."""
+        socket.send_fds(self._socket, [pickle.dumps(value)], fds)
+
+    def receive(self) -> Any:
+        """Receive the next value; AssertionError when none comes within the deadline or the other end has gone."""
+        value, _ = self.receive_fds()
+        return value
+
+    def receive_fds(self) -> tuple[Any, list[int]]:
+        """Receive the next value with its descriptors, which are close-on-exec."""
+        try:
+            data, fds, _, _ = socket.recv_fds(self._socket, 1 << 16, 16, socket.MSG_CMSG_CLOEXEC)
+        except TimeoutError:
+            raise AssertionError(f"the other process sent nothing within {DEADLINE:g} seconds") from None
+        if not data:
+            raise AssertionError("the other process ended before it sent anything")
+        return pickle.loads(data), fds
+
+    def close(self) -> None:
+        """Close this end."""
+        self._socket.close()
+
+
+class Child:
+    """A function run in a forked process, in a ``with`` block; leaving the block waits for it.
+
+    The function is called with its end of ``channel``. fork(2) itself waits until the event is read where
+    UFFD_FEATURE_EVENT_FORK is on, with the interpreter's lock held: have a FaultHandler running. The child dies with
+    the process that forked it; when the block fails it is killed.
+    """
+
+    def __init__(self, target: Callable[[Channel], object]) -> None:
+        self._target = target
+        self.pid = 0
+        self._pipe = -1
+
+    def __enter__(self) -> Child:
+        self._pipe, report = os.pipe2(os.O_CLOEXEC)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        parent = os.getpid()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with warnings.catch_warnings():
+            # Python 3.12 warns of fork() beside threads: ours hold no lock that the child needs.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.pid = os.fork()
+        if self.pid == 0:
+            ours.close()
+            self._main(parent, report, Channel(theirs))
+        os.close(report)
+        theirs.close()
+        self.channel = Channel(ours)
+        return self
+
+    def _main(self, parent: int, report: int, channel: Channel) -> None:
+        status = 1
+        try:
+            lib.uffd_die_with_parent(parent)
+            self._target(channel)
+            status = 0
+        except BaseException as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            os.write(report, f"{error} (at {os.path.basename(last.filename)}:{last.lineno})".encode())
+        finally:
+            os._exit(status)
+
+    def send(self, value: Any = None, *fds: int) -> None:
+        """Send to the child."""
+        self.channel.send(value, *fds)
+
+    def receive(self) -> Any:
+        """Receive from the child; ChildError with its own words when it failed instead."""
+        return self.receive_fds()[0]
+
+    def receive_fds(self) -> tuple[Any, list[int]]:
+        """Receive from the child, with descriptors."""
+        try:
+            return self.channel.receive_fds()
+        except AssertionError:
+            if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                self.wait()
+            raise
+
+    def kill(self) -> None:
+        """Kill the child and wait for its end, whatever that was."""
+        if self.pid > 0:
+            os.kill(self.pid, signal.SIGKILL)
+            self._reap()
+
+    def _reap(self) -> int:
+        _, status = os.waitpid(self.pid, 0)
+        self.pid = -1
+        os.close(self._pipe)
+        self.channel.close()
+        return status
+
+    def wait(self) -> None:
+        """Wait for the end of the child; ChildError when it failed or was killed."""
+        if self.pid <= 0:
+            return
+        text = b""
+        while part := os.read(self._pipe, 65536):
+            text += part
+        status = self._reap()
+        if os.WIFSIGNALED(status):
+            name = signal.Signals(os.WTERMSIG(status)).name
+            raise ChildError(f"the child process was killed by {name}")
+        if status:
+            raise ChildError(f"in the child process: {text.decode(errors='replace')}")
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.wait()
+        else:
+            self.kill()
+
+
+# ---- privileges, for a child that gives them up --------------------------------------------------------------------
+
+
+def become_nobody() -> None:
+    """Give up every privilege, for good; the process stays inspectable through its /proc files."""
+    os.setgroups([])
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
+
+
+def drop_capability(name: str) -> None:
+    """Take one capability ("cap_sys_ptrace") out of the effective, permitted and inheritable sets (capset(2))."""
+    number = {"cap_sys_ptrace": 19, "cap_sys_admin": 21, "cap_ipc_lock": 14}[name]
+    header = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0))  # _LINUX_CAPABILITY_VERSION_3, this process
+    data = ctypes.create_string_buffer(24)
+    syscalls.call("capget", ctypes.addressof(header), ctypes.addressof(data))
+    words = list(struct.unpack("=6I", data.raw[:24]))
+    for i in range(3):
+        words[3 * (number // 32) + i] &= ~(1 << number % 32)
+    data = ctypes.create_string_buffer(struct.pack("=6I", *words))
+    syscalls.call("capset", ctypes.addressof(header), ctypes.addressof(data))
+
+
+def enter_user_namespace() -> None:
+    """Move this single-threaded process into a user namespace of its own, as its root, with every capability there."""
+    uid, gid = os.geteuid(), os.getegid()
+    syscalls.call("unshare", syscalls.CLONE_NEWUSER)
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {gid} 1")

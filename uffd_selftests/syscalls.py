@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""System calls by name, for those that the standard library lacks or makes with the interpreter's lock held."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+from uffd_selftests.memory import checked
+from uffd_selftests.native import lib
+
+_GENERIC = ("aarch64", "riscv64", "loongarch64")
+
+# Name: number on x86-64, number in the generic table (scripts/syscall.tbl of the kernel).
+_NUMBERS = {
+    "capget": (125, 90),
+    "capset": (126, 91),
+    "close_range": (436, 436),
+    "futex": (202, 98),
+    "io_destroy": (207, 1),
+    "io_getevents": (208, 4),
+    "io_setup": (206, 0),
+    "io_submit": (209, 2),
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
+    "io_uring_setup": (425, 425),
+    "memfd_secret": (447, 447),
+    "mlock": (149, 228),
+    "mlock2": (325, 284),
+    "mlockall": (151, 230),
+    "mseal": (462, 462),
+    "munlock": (150, 229),
+    "pidfd_open": (434, 434),
+    "prctl": (157, 167),
+    "preadv2": (327, 286),
+    "process_madvise": (440, 440),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "ptrace": (101, 117),
+    "read": (0, 63),
+    "readv": (19, 65),
+    "rt_sigprocmask": (14, 135),
+    "shmat": (30, 196),
+    "shmctl": (31, 195),
+    "shmdt": (67, 197),
+    "shmget": (29, 194),
+    "unshare": (272, 97),
+    "vmsplice": (278, 75),
+    "write": (1, 64),
+}
+
+PR_SET_DUMPABLE = 4
+CLONE_NEWUSER = 0x10000000
+
+
+def number(name: str) -> int:
+    """Return the number of a system call; -1, which every kernel answers with ENOSYS, on an unlisted architecture."""
+    machine = os.uname().machine
+    if machine == "x86_64":
+        return _NUMBERS[name][0]
+    return _NUMBERS[name][1] if machine in _GENERIC else -1
+
+
+def call(name: str, *arguments: int) -> int:
+    """Make a system call without the interpreter's lock; KernelError when it fails. Pointers are addresses."""
+    padded = [*arguments, 0, 0, 0, 0, 0, 0][:6]
+    signed = [value - (1 << 64) if value >= 1 << 63 else value for value in padded]
+    text = f"{name}({', '.join(f'{value:#x}' for value in arguments)})"
+    return checked(lib.uffd_syscall(number(name), *signed), text)
+
+
+def prctl(option: int, *arguments: int) -> int:
+    """prctl(2)."""
+    return call("prctl", option, *arguments)
+
+
+def read_into(fd: int, address: int, length: int) -> int:
+    """read(2) straight into memory that may fault: the kernel writes there (copy_to_user)."""
+    return call("read", fd, address, length)
+
+
+def write_from(fd: int, address: int, length: int) -> int:
+    """write(2) straight from memory that may fault: the kernel reads there (copy_from_user)."""
+    return call("write", fd, address, length)
+
+
+def _vm_transfer(name: str, pid: int, address: int, buffer: ctypes.Array[ctypes.c_char]) -> int:
+    local = (ctypes.c_uint64 * 2)(ctypes.addressof(buffer), len(buffer))
+    remote = (ctypes.c_uint64 * 2)(address, len(buffer))
+    return call(name, pid, ctypes.addressof(local), 1, ctypes.addressof(remote), 1, 0)
+
+
+def process_vm_readv(pid: int, address: int, length: int) -> bytes:
+    """process_vm_readv(2) of one range: the kernel reads it through get_user_pages, on behalf of this thread."""
+    buffer = ctypes.create_string_buffer(length)
+    return buffer.raw[: _vm_transfer("process_vm_readv", pid, address, buffer)]
+
+
+def process_vm_writev(pid: int, address: int, data: bytes) -> int:
+    """process_vm_writev(2) of one range."""
+    buffer = ctypes.create_string_buffer(data, len(data))
+    return _vm_transfer("process_vm_writev", pid, address, buffer)
