@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The kernel's own opinion: what it logged and how it tainted itself since somebody last asked.
+
+Sources: /dev/kmsg (Documentation/ABI/testing/dev-kmsg) and /proc/sys/kernel/tainted
+(Documentation/admin-guide/tainted-kernels.rst).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from importlib import resources
+
+KMSG = "/dev/kmsg"
+TAINTED = "/proc/sys/kernel/tainted"
+
+TAINTS = "PFSRMBUDAWCIOELKXTNJ"
+"""The letters of the taint flags, lowest bit first."""
+DEFECT_TAINTS = "MBDWL"
+"""Flags that come from a defect: machine check, bad page, oops, warning, lockup. The others come from modules."""
+
+MAX_COMPLAINT_LINES = 20
+
+
+class Patterns:
+    """The rules that tell a complaint from ordinary talk in the kernel log."""
+
+    def __init__(self, text: str) -> None:
+        rules: dict[str, list[str]] = {"complaint": [], "harmless": []}
+        section = ""
+        for line in map(str.strip, text.splitlines()):
+            if line.startswith("[") and line.endswith("]") and line[1:-1] in rules:
+                section = line[1:-1]
+            elif line and not line.startswith("#"):
+                rules[section].append(line)
+        if not rules["complaint"]:
+            raise ValueError("no patterns for complaints: every log would look clean")
+        self._complaint = re.compile("|".join(f"(?:{rule})" for rule in rules["complaint"]))
+        self._harmless = re.compile("|".join(f"(?:{rule})" for rule in rules["harmless"]) or "(?!)")
+
+    @classmethod
+    def load(cls) -> Patterns:
+        """Return the rules that come with the package."""
+        return cls(resources.files(__package__).joinpath("health_patterns.txt").read_text())
+
+    def complains(self, text: str) -> bool:
+        """Whether one record of the log is a complaint."""
+        return bool(self._complaint.search(text)) and not self._harmless.search(text)
+
+
+class KernelHealth:
+    """Watches the log and the taint flags from its making on."""
+
+    def __init__(self) -> None:
+        self.unreadable = ""
+        """Why the log cannot be read; empty when it can."""
+        self.records: list[str] = []
+        """What the kernel logged since then, as ``[seconds] text``."""
+        self._patterns = Patterns.load()
+        self._taints = self.taints()
+        self._fd = -1
+        try:
+            self._fd = os.open(KMSG, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            os.lseek(self._fd, 0, os.SEEK_END)
+        except OSError as error:
+            self.unreadable = f"{KMSG}: {errno.errorcode.get(error.errno or 0, error)}"
+
+    @staticmethod
+    def taints() -> str:
+        """Return the letters of the taint flags that are set; empty when none is or they cannot be read."""
+        try:
+            with open(TAINTED, "rb", buffering=0) as file:
+                mask = int(file.read())
+        except OSError:
+            return ""
+        return "".join(letter for bit, letter in enumerate(TAINTS) if mask >> bit & 1)
+
+    def complaints(self) -> list[str]:
+        """Return lines about everything that went wrong in the kernel since the last call."""
+        fresh = self._read()
+        self.records += fresh
+        first = next((i for i, record in enumerate(fresh) if self._patterns.complains(record.partition("] ")[2])), None)
+        # What follows the first complaint is its register dump and call trace.
+        lines = [] if first is None else [f"kernel log: {record}" for record in fresh[first:][:MAX_COMPLAINT_LINES]]
+        taints = self.taints()
+        if new := [letter for letter in taints if letter not in self._taints and letter in DEFECT_TAINTS]:
+            lines.append(f"the kernel is tainted now: {''.join(new)}")
+        self._taints = taints
+        return lines
+
+    def _read(self) -> list[str]:
+        """Return the records that came since the last call."""
+        records: list[str] = []
+        while self._fd >= 0:
+            try:
+                records.append(_plain(os.read(self._fd, 1 << 14)))
+            except BlockingIOError:
+                break
+            except OSError as error:
+                if error.errno != errno.EPIPE:
+                    self.unreadable = f"{KMSG}: {errno.errorcode.get(error.errno or 0, error)}"
+                    self.close()
+                # With EPIPE, records were overwritten before they could be read; the next read goes on behind the gap.
+        return records
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _plain(record: bytes) -> str:
+    """Turn ``priority,sequence,microseconds,flags;text`` and continuation lines into what dmesg shows."""
+    head, _, text = record.decode(errors="replace").partition(";")
+    microseconds = int(head.split(",")[2])
+    return f"[{microseconds / 1e6:12.6f}] {text.splitlines()[0] if text else ''}"

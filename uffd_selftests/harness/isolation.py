@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Run a piece of work in a child process that can hang, crash and misbehave as it likes.
+
+The child reports through a pipe, record by record; the parent waits for its end with a deadline, kills it from outside
+and clears away what it left.  Nothing here knows pytest.
+
+Why a process and why SIGKILL: a fault on registered memory sleeps in the kernel until somebody resolves it and Python's
+signal handlers never run meanwhile; while an event waits to be read, even SIGTERM can be put off
+(fs/userfaultfd.c: handle_userfault, userfaultfd_event_wait_completion).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import gc
+import math
+import os
+import pickle
+import select
+import signal
+import stat
+import struct
+import sys
+import time
+import traceback
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from uffd_selftests.harness import proc
+
+Send = Callable[[object], None]
+Work = Callable[[Send], None]
+
+PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
+PR_SET_CHILD_SUBREAPER = 36
+
+KILL_SECONDS = 5.0
+"""How long a killed process may take to vanish before it is given up and left behind."""
+LOOK_SECONDS = 5.0
+"""How long looking into a hung process may take: on a broken kernel even reading /proc can block."""
+TRACEBACK_SHARE = 0.9
+"""The child writes its Python stacks down when this share of the deadline has passed."""
+MAX_TRACEBACK_LINES = 30
+MAX_LINE = 200
+FRAMES_BELOW = ("/_pytest/", "/pytest/", "/pluggy/", "/xdist/", "/execnet/", "/harness/", "<frozen", "Extension mod")
+"""Parts of the lines in Python's tracebacks that say nothing about the case."""
+MAX_REPORT_BYTES = 64 << 20
+
+HEADER = struct.Struct("=4sII")
+"""Before each record: magic, length and CRC-32 of the pickle that follows."""
+MAGIC = b"uffd"
+
+_prctl = ctypes.CDLL(None).prctl
+
+
+class Kind(Enum):
+    """How a child came to its end."""
+
+    DONE = auto()
+    TIMEOUT = auto()
+    ERROR = auto()
+
+
+@dataclass
+class Ending:
+    """What is known when the child is gone."""
+
+    kind: Kind
+    reason: str
+    """"30 seconds" of a timeout; of an error a clause like "killed by SIGSEGV"; else empty."""
+    records: list[object]
+    """What the child sent, in this order; all of it when it is done."""
+    evidence: list[str]
+    """Lines that say where it hung or crashed."""
+    leftovers: list[str]
+    """The processes it left behind; they are gone now unless the line says otherwise."""
+    seconds: float
+
+
+class _Tag(Enum):
+    """What a record on the pipe means."""
+
+    RECORD = auto()
+    RAISED = auto()  # the work itself raised: the traceback
+    ESCAPED = auto()  # a process that the work forked came back into the harness: its ID
+    DONE = auto()
+
+
+class Isolator:
+    """Runs work in child processes, one after the other; one for a session.
+
+    While it is open, this process is the reaper of orphaned descendants (PR_SET_CHILD_SUBREAPER), so that not even a
+    daemon can get away.
+    """
+
+    def __init__(self) -> None:
+        self._spared = set(proc.children(os.getpid()))  # not ours: they were here before
+        self._guarded = _talking_descriptors()
+        self._child: _Child | None = None
+        _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        gc.freeze()  # a collection in a child would copy every page that holds an object's header
+
+    def close(self) -> None:
+        """Stop being the reaper, after having cleared away what an exception may have left in the middle of run."""
+        if self._child:
+            self._child.kill()
+        self._clear_strays()
+        _prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+    def guard(self, fd: int) -> None:
+        """Keep children from writing to this descriptor."""
+        self._guarded.append(fd)
+
+    def run(self, work: Work, *, deadline: float) -> Ending:
+        """Run work in a child process and return how that ended; whatever happens, the child is gone afterwards.
+
+        work gets a function that sends a record (anything that can be pickled) to the parent at once.  The deadline is
+        in seconds from now.  An exception here (Ctrl-C) ends the child, too.
+        """
+        started = time.monotonic()
+        child = self._child = self._fork(work, deadline)
+        leftovers = []
+        hang = None
+        try:
+            if not child.wait(started + deadline):
+                hang = self._look(child.pid)
+        finally:
+            if not child.kill():
+                self._spared.add(child.pid)
+                leftovers.append(f"task {child.pid} cannot be killed and is left behind")
+            leftovers += self._clear_strays()
+            child.close()
+        seconds = time.monotonic() - started
+        records, problem = child.verdict()
+        if hang is not None:
+            return Ending(Kind.TIMEOUT, f"{deadline:g} seconds", records, hang + child.traceback, leftovers, seconds)
+        if problem:
+            return Ending(Kind.ERROR, problem, records, child.traceback, leftovers, seconds)
+        return Ending(Kind.DONE, "", records, [], leftovers, seconds)
+
+    def _fork(self, work: Work, deadline: float) -> _Child:
+        reports, sink = os.pipe()  # both are close-on-exec
+        notes = os.memfd_create("tracebacks")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        parent = os.getpid()
+        pid = _fork()
+        if not pid:
+            os.close(reports)
+            try:
+                _settle(parent, self._guarded)
+                faulthandler.enable(file=notes)
+                faulthandler.dump_traceback_later(TRACEBACK_SHARE * deadline, file=notes)
+                _perform(work, sink, notes)
+            finally:
+                os._exit(0)
+        os.close(sink)
+        with contextlib.suppress(OSError):  # both sides do it, so that it holds from here on and from there on
+            os.setpgid(pid, pid)
+        return _Child(pid, reports, notes)
+
+    def _look(self, pid: int) -> list[str]:
+        """Say what a hung child and its family are doing; from a child of its own, for this can hang as well."""
+        adopted = [stray.pid for stray in self._strays() if stray.pid != pid]
+        looker = self._fork(lambda send: send(proc.describe(proc.family(pid, adopted))), LOOK_SECONDS)
+        try:
+            looker.wait(time.monotonic() + LOOK_SECONDS)
+        finally:
+            if not looker.kill():
+                self._spared.add(looker.pid)
+            looker.close()
+        records, _ = looker.verdict()
+        for lines in records:
+            if isinstance(lines, list):
+                return lines
+        return [f"reading /proc/{pid} did not come back within {LOOK_SECONDS:g} seconds"]
+
+    def _strays(self) -> list[proc.Process]:
+        """Return the children of this process that are not to be spared; costs one system call when there is none."""
+        try:
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return []
+        return [child for child in proc.children(os.getpid()).values() if child.pid not in self._spared]
+
+    def _clear_strays(self) -> list[str]:
+        """Kill the orphans of a child that is gone, and theirs; return a line for each."""
+        lines = []
+        until = time.monotonic() + KILL_SECONDS
+        while (strays := self._strays()) and time.monotonic() < until:  # they may fork faster than this can kill
+            for stray in strays:
+                line = f"process {stray}"
+                if not _kill(stray.pid, until):
+                    self._spared.add(stray.pid)
+                    line += " cannot be killed and is left behind"
+                lines.append(line)
+        return lines
+
+
+@dataclass
+class _Child:
+    """The parent's view of a child process."""
+
+    pid: int
+    reports: int
+    notes: int
+    pidfd: int = field(init=False)
+    received: bytearray = field(default_factory=bytearray)
+    status: int | None = None
+    """As of waitpid(2); None as long as it runs, and when this side killed it."""
+    reaped: bool = False
+    traceback: list[str] = field(default_factory=list)
+    """What faulthandler wrote: the Python stacks at a crash or shortly before the deadline; known when closed."""
+
+    def __post_init__(self) -> None:
+        self.pidfd = os.pidfd_open(self.pid)
+        os.set_blocking(self.reports, False)
+
+    def wait(self, until: float) -> bool:
+        """Take its records until it ends (True) or time.monotonic() says until (False)."""
+        poll = select.poll()
+        poll.register(self.reports, select.POLLIN)
+        poll.register(self.pidfd, select.POLLIN)
+        while True:
+            left = max(0.0, until - time.monotonic())
+            ready = [fd for fd, _ in poll.poll(min(math.ceil(left * 1000), 1 << 30))]
+            if not ready and not left:
+                return False
+            if self.reports in ready and not self._receive():
+                poll.unregister(self.reports)
+            if self.pidfd in ready:
+                self._receive()
+                _, self.status = os.waitpid(self.pid, 0)
+                self.reaped = True
+                return True
+
+    def _receive(self) -> bool:
+        """Take what is in the pipe; False when nothing more can come or a child gone mad has sent too much."""
+        while len(self.received) < MAX_REPORT_BYTES:
+            try:
+                chunk = os.read(self.reports, 1 << 16)
+            except BlockingIOError:
+                return True
+            if not chunk:
+                break
+            self.received += chunk
+        return False
+
+    def kill(self) -> bool:
+        """Kill its process group unless it has ended by itself; False when it does not die."""
+        if not self.reaped:  # else its process ID may be somebody else's by now
+            with contextlib.suppress(OSError):
+                os.killpg(self.pid, signal.SIGKILL)
+            self.reaped = _kill(self.pid, time.monotonic() + KILL_SECONDS)
+        return self.reaped
+
+    def verdict(self) -> tuple[list[object], str]:
+        """Return its records and what went wrong with it, if anything."""
+        messages, garbage = _unpack(self.received)
+        by_tag: dict[_Tag, list[object]] = {tag: [] for tag in _Tag}
+        for tag, payload in messages:
+            by_tag[tag].append(payload)
+        problem = ""
+        if self.status is not None and os.WIFSIGNALED(self.status):
+            problem = f"killed by {_signal_name(os.WTERMSIG(self.status))}"
+        elif by_tag[_Tag.ESCAPED]:
+            problem = f"process {by_tag[_Tag.ESCAPED][0]}, forked by the case, returned into the harness"
+        elif garbage:
+            problem = "something wrote into the pipe of the harness"
+        elif by_tag[_Tag.RAISED]:
+            problem = str(by_tag[_Tag.RAISED][0])
+        elif not by_tag[_Tag.DONE]:
+            problem = f"exited with status {os.waitstatus_to_exitcode(self.status or 0)} before its reports"
+        return by_tag[_Tag.RECORD], problem
+
+    def close(self) -> None:
+        """Release the descriptors."""
+        self.traceback = _traceback_lines(os.pread(self.notes, 1 << 16, 0))
+        for fd in (self.reports, self.notes, self.pidfd):
+            os.close(fd)
+
+
+def _fork() -> int:
+    if sys.version_info < (3, 12):
+        return os.fork()
+    with warnings.catch_warnings():
+        # xdist's workers have a second thread, which holds no lock that the child needs.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
+def _settle(parent: int, guarded: list[int]) -> None:
+    """Make this process, a fresh child, a group of its own that dies with its parent and disturbs nobody."""
+    os.setpgid(0, 0)
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before the line above took effect
+        os._exit(1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    gc.disable()
+    _offer_to_oom_killer()
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in guarded:
+        os.dup2(null, fd, inheritable=False)
+    os.close(null)
+
+
+def _perform(work: Work, sink: int, notes: int) -> None:
+    """Do the work in the child and send what comes of it."""
+    send = _sender(sink)
+    try:
+        work(lambda record: send(_Tag.RECORD, record))
+    except BaseException as error:
+        os.write(notes, traceback.format_exc().encode())
+        send(_Tag.RAISED, f"{type(error).__name__} left the case: {error}")
+    else:
+        send(_Tag.DONE, None)
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _offer_to_oom_killer() -> None:
+    """Let the kernel, if memory runs out, kill this process instead of the harness (proc(5))."""
+    with contextlib.suppress(OSError):
+        fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+        os.write(fd, b"1000")
+        os.close(fd)
+
+
+def _sender(sink: int) -> Callable[[_Tag, object], None]:
+    """Return the function that writes records for this process, and for this process only."""
+    owner = os.getpid()
+
+    def send(tag: _Tag, payload: object) -> None:
+        pid = os.getpid()
+        if pid != owner:
+            # A process that the case forked fell out of the case and now walks through the harness's code.
+            _write(sink, _pack(_Tag.ESCAPED, pid))
+            os._exit(1)
+        _write(sink, _pack(tag, payload))
+
+    return send
+
+
+def _write(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _pack(tag: _Tag, payload: object) -> bytes:
+    body = pickle.dumps((tag.value, payload), protocol=pickle.HIGHEST_PROTOCOL)
+    return HEADER.pack(MAGIC, len(body), zlib.crc32(body)) + body
+
+
+def _unpack(data: bytes | bytearray) -> tuple[list[tuple[_Tag, object]], bool]:
+    """Return the records at the start of data, and whether something else follows them."""
+    messages = []
+    rest = memoryview(data)
+    while len(rest) >= HEADER.size:
+        magic, length, checksum = HEADER.unpack_from(rest)
+        body = rest[HEADER.size : HEADER.size + length]
+        if magic != MAGIC or len(body) != length or zlib.crc32(body) != checksum:
+            break
+        tag, payload = pickle.loads(body)
+        messages.append((_Tag(tag), payload))
+        rest = rest[HEADER.size + length :]
+    return messages, len(rest) > 0
+
+
+def _kill(pid: int, until: float) -> bool:
+    """Kill a child of this process and reap it; False when it does not die in time."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return True
+    try:
+        with contextlib.suppress(OSError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        if not select.select([pidfd], [], [], max(0, until - time.monotonic()))[0]:
+            return False
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+        return True
+    finally:
+        os.close(pidfd)
+
+
+def _talking_descriptors() -> list[int]:
+    """Return the open descriptors above stderr that somebody else listens to: pipes, sockets, terminals."""
+    found = []
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):  # the one with which the folder was read
+            mode = os.fstat(fd).st_mode
+            if fd > 2 and (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or os.isatty(fd)):
+                found.append(fd)
+    return found
+
+
+def _traceback_lines(text: bytes) -> list[str]:
+    """Drop from faulthandler's text the frames below the case, which are the same in every case."""
+    lines = [line.rstrip() for line in text.decode(errors="replace").splitlines()]
+    kept = [line for line in lines if line and not any(part in line for part in FRAMES_BELOW)]
+    return [line[:MAX_LINE] for line in kept[:MAX_TRACEBACK_LINES]]
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+

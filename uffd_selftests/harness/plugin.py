@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The pytest plugin: it multiplies declared cases, gives them their fixtures and puts the harness together.
+
+xdist's controller collects nothing and runs nothing, its workers report to it; without xdist one process does all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from uffd_selftests import kernel
+from uffd_selftests.case import ATTRIBUTE, Case
+from uffd_selftests.harness.gating import area_pages
+from uffd_selftests.harness.interrupts import Signals
+from uffd_selftests.harness.reporter import Reporter, progress_stream
+from uffd_selftests.harness.results import Planned, declaration
+from uffd_selftests.harness.runner import Runner
+from uffd_selftests.harness.settings import Settings, add_options
+from uffd_selftests.harness.steward import TURNS, Steward, hand_in
+
+if TYPE_CHECKING:
+    from uffd_selftests.common import Context
+    from uffd_selftests.mem_types import MemType
+
+SETTINGS = pytest.StashKey[Settings]()
+SIGNALS = pytest.StashKey[Signals]()
+REPORTER = pytest.StashKey[Reporter]()
+STEWARD = pytest.StashKey[Steward]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the harness's options."""
+    add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Put together what this process needs."""
+    config.addinivalue_line("markers", "isolated: run this test in a child process of its own")
+    settings = config.stash[SETTINGS] = Settings.of(config)
+    os.environ["UFFD_DEADLINE_SCALE"] = f"{settings.deadline_scale:g}"  # uffd_selftests.common reads it
+    signals = config.stash[SIGNALS] = Signals()
+    config.add_cleanup(signals.close)
+    if config.option.collectonly:
+        return
+    workerinput = getattr(config, "workerinput", None)
+    if workerinput is not None:
+        _be_worker(config, settings, json.loads(workerinput["uffd"]))
+    else:
+        _be_first(config, settings, signals)
+
+
+def _be_worker(config: pytest.Config, settings: Settings, given: dict[str, Any]) -> None:
+    facts = kernel.Facts.from_dict(given["facts"])
+    turns = Path(given["folder"]) / TURNS
+    _register(config, Runner(settings, facts, turns=turns, health=None, guarded=()))
+
+
+def _be_first(config: pytest.Config, settings: Settings, signals: Signals) -> None:
+    reporter = None
+    if settings.ktap_fd is not None or settings.folder:
+        reporter = config.stash[REPORTER] = Reporter(settings.ktap_fd, settings.folder, progress_stream(), signals)
+        _register(config, reporter)
+    steward = config.stash[STEWARD] = Steward(config, settings, signals, reporter)
+    _register(config, steward)
+    if config.getoption("dist", "no") == "no":
+        guarded = reporter.descriptors if reporter else ()
+        _register(config, Runner(settings, steward.facts, turns=None, health=steward.health, guarded=guarded))
+
+
+def _register(config: pytest.Config, part: Reporter | Steward | Runner) -> None:
+    config.pluginmanager.register(part, f"uffd-{type(part).__name__.lower()}")
+    config.add_cleanup(part.close)
+
+
+# ---- collection ----------------------------------------------------------------------------------------------------
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Multiply a case by its variants and its memory types."""
+    case = getattr(metafunc.function, ATTRIBUTE, None)
+    if not isinstance(case, Case):
+        return
+    for name, values in (("variant", case.variants), ("mem", case.mem)):
+        if bool(values) != (name in metafunc.fixturenames):
+            problem = "is declared but not taken" if values else "is taken but not declared"
+            raise pytest.Collector.CollectError(f"case {case.name}: {name} {problem} by {metafunc.function.__name__}")
+    if case.variants:
+        metafunc.parametrize("variant", case.variants, ids=str)
+    if case.mem:
+        metafunc.parametrize("mem", case.mem, ids=str)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Let -k find a case by the name that reports give it."""
+    case, variant, mem = declaration(item)
+    if case:
+        item.extra_keyword_matches.update((case.name, case.result_name(variant, mem)))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep what --filter wants."""
+    settings = config.stash[SETTINGS]
+    if settings.filters:
+        wanted = [item for item in items if any(_matches(item, part) for part in settings.filters)]
+        if unwanted := [item for item in items if item not in wanted]:
+            config.hook.pytest_deselected(items=unwanted)
+            items[:] = wanted
+
+
+def _matches(item: pytest.Item, part: str) -> bool:
+    """Whether a filter wants a test: it is part of the case's name or, with " on " in it, of the result's."""
+    case, variant, mem = declaration(item)
+    if not case:
+        return part in item.nodeid
+    return part in (case.result_name(variant, mem) if " on " in part else case.name)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Make the plan: list it, begin with it, or hand it to xdist's controller."""
+    config = session.config
+    settings = config.stash[SETTINGS]
+    plan = [Planned.of(item, settings.area_bytes) for item in session.items]
+    error = _name_clash(plan)
+    workerinput = getattr(config, "workerinput", None)
+    if workerinput is not None:
+        hand_in(Path(json.loads(workerinput["uffd"])["folder"]), workerinput["workerid"], plan, error)
+    elif error:
+        raise pytest.UsageError(error)
+    elif config.option.collectonly:
+        if settings.ktap_fd is not None:
+            with open(settings.ktap_fd, "w", closefd=False) as listing:
+                listing.writelines(f"{planned.name}\n" for planned in plan)
+    elif config.getoption("dist", "no") == "no" and any(declaration(item)[0] for item in session.items):
+        config.stash[STEWARD].begin(plan)
+
+
+def _name_clash(plan: list[Planned]) -> str:
+    """Return a message when two results have the same name, else nothing."""
+    seen: dict[str, Planned] = {}
+    for planned in plan:
+        other = seen.setdefault(planned.name, planned)
+        if other is not planned:
+            return f"two results are named {planned.name}: {other.nodeid} and {planned.nodeid}"
+    return ""
+
+
+# ---- what a case can take ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def variant(request: pytest.FixtureRequest) -> str:
+    """The variant of the case that runs."""
+    return str(request.param)
+
+
+@pytest.fixture
+def mem(request: pytest.FixtureRequest) -> MemType:
+    """The memory type on which the case runs."""
+    memory_type: MemType = request.param
+    return memory_type
+
+
+@pytest.fixture
+def ctx(request: pytest.FixtureRequest, mem: MemType) -> Iterator[Context]:
+    """Source and destination areas of the memory type, and a userfaultfd with the case's features."""
+    from uffd_selftests.common import Context  # noqa: PLC0415  # loaded by the case already
+
+    case, _, _ = declaration(request.node)
+    assert case
+    with Context(
+        mem,
+        features=case.features,
+        nr_pages=area_pages(case, mem, request.config.stash[SETTINGS].area_bytes),
+        pre_alloc=case.pre_alloc,
+        post_alloc=case.post_alloc,
+    ) as context:
+        yield context
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Make a skip of the Skip that a case or a hook raised."""
+    reason = _skip_reason(call)
+    if reason is not None:
+        call.excinfo = pytest.CallInfo.from_call(lambda: pytest.skip(reason), "call").excinfo
+    report = yield
+    if reason is not None:
+        path, line, _ = item.reportinfo()
+        report.longrepr = (os.fspath(path), (line or 0) + 1, f"Skipped: {reason}")
+    return report
+
+
+def _skip_reason(call: pytest.CallInfo[None]) -> str | None:
+    from uffd_selftests.common import Skip  # noqa: PLC0415  # loaded by the case already
+
+    return str(call.excinfo.value) if call.excinfo and isinstance(call.excinfo.value, Skip) else None

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What /proc says about processes: who belongs to a case, and what each of its tasks is doing (proc(5))."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from uffd_selftests.uapi import Feature
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+USERFAULTFD_LINK = "anon_inode:[userfaultfd]"
+
+MAX_FRAMES = 10
+MAX_TASKS = 40
+
+
+@dataclass(frozen=True)
+class Process:
+    """One line of /proc/PID/stat."""
+
+    pid: int
+    name: str
+    state: str
+    parent: int
+    group: int
+
+    def __str__(self) -> str:
+        return f"{self.pid} ({self.name}) {self.state}"
+
+
+def processes() -> dict[int, Process]:
+    """Return every process that can be seen, by process ID."""
+    found = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and (process := _process(int(entry))):
+            found[process.pid] = process
+    return found
+
+
+def _process(pid: int) -> Process | None:
+    stat = _read(f"/proc/{pid}/stat")
+    before, _, after = stat.rpartition(") ")  # the name may hold blanks and brackets, what follows it may not
+    if not before:
+        return None
+    state, parent, group = after.split()[:3]
+    return Process(pid, before.partition("(")[2], state, int(parent), int(group))
+
+
+def children(parent: int) -> dict[int, Process]:
+    """Return the direct children of a process, zombies included."""
+    return {pid: process for pid, process in processes().items() if process.parent == parent}
+
+
+def family(pid: int, adopted: Iterable[int] = ()) -> list[Process]:
+    """Return a process, the members of its group, the adopted ones, and all their descendants, oldest first."""
+    everyone = processes()
+    members = {pid, *adopted} | {process.pid for process in everyone.values() if process.group == pid}
+    grown = True
+    while grown:
+        more = {process.pid for process in everyone.values() if process.parent in members} - members
+        members |= more
+        grown = bool(more)
+    return [everyone[member] for member in sorted(members) if member in everyone]
+
+
+def hugetlb_users() -> list[int]:
+    """Return the processes that have huge pages mapped now (HugetlbPages in /proc/PID/status)."""
+    mapped = re.compile(r"^HugetlbPages:\s+[1-9]", re.MULTILINE)
+    return [pid for pid in processes() if mapped.search(_read(f"/proc/{pid}/status"))]
+
+
+def userfaultfds(pid: int | str = "self") -> list[int]:
+    """Return the descriptors of a process that are userfaultfds; empty when it cannot be looked into."""
+    return sorted(int(fd) for fd, link in _links(pid) if link == USERFAULTFD_LINK)
+
+
+def _links(pid: int | str) -> Iterator[tuple[str, str]]:
+    folder = f"/proc/{pid}/fd"
+    try:
+        entries = os.listdir(folder)
+    except OSError:
+        return
+    for entry in entries:
+        try:
+            yield entry, os.readlink(f"{folder}/{entry}")
+        except OSError:  # the descriptor with which the folder itself was read, or the process is gone
+            continue
+
+
+def describe(members: list[Process]) -> list[str]:
+    """Say in lines what the tasks of these processes are blocked in and how their userfaultfds stand.
+
+    The most telling task comes first: one that sleeps in the kernel's userfaultfd code, else the first main thread.
+    """
+    tasks = [task for process in members for task in _tasks(process)]
+    tasks.sort(key=lambda line: "userfault" not in line)
+    lines = tasks[:MAX_TASKS]
+    if len(tasks) > MAX_TASKS:
+        lines.append(f"{len(tasks) - MAX_TASKS} more tasks")
+    return lines + [line for process in members for line in _userfaultfd_lines(process.pid)]
+
+
+def _tasks(process: Process) -> Iterator[str]:
+    try:
+        tids = sorted(map(int, os.listdir(f"/proc/{process.pid}/task")))
+    except OSError:
+        return
+    for tid in tids:
+        yield _task(process.pid, tid)
+
+
+def _task(pid: int, tid: int) -> str:
+    folder = f"/proc/{pid}/task/{tid}"
+    status = dict(line.split(":\t", 1) for line in _read(f"{folder}/status").splitlines() if ":\t" in line)
+    wchan = _read(f"{folder}/wchan")
+    frames = re.findall(r"^\[<.*?>\] ([^+\s]+)", _read(f"{folder}/stack"), re.MULTILINE)
+    # "NUMBER ARGUMENT... STACK PC", "-1 STACK PC" outside of a system call (as in a page fault), or "running"
+    call = _read(f"{folder}/syscall").split()
+    line = f"task {tid} ({status.get('Name', '?')}) {status.get('State', '?').split()[0]}"
+    if wchan not in ("", "0"):
+        line += f" in {wchan}"
+    if len(call) > 3:
+        line += f", system call {call[0]} ({', '.join(call[1:4])})"
+    elif call[:1] == ["-1"]:
+        line += ", not in a system call"
+    if frames:
+        line += ": " + " <- ".join(frames[:MAX_FRAMES])
+    return line
+
+
+def _userfaultfd_lines(pid: int) -> Iterator[str]:
+    for fd in userfaultfds(pid):
+        # fs/userfaultfd.c, userfaultfd_show_fdinfo: "pending:\tN\ntotal:\tN\nAPI:\tAA:FEATURES:IOCTLS\n"
+        info = dict(re.findall(r"^(pending|total|API):\s*(\S+)", _read(f"/proc/{pid}/fdinfo/{fd}"), re.MULTILINE))
+        line = f"userfaultfd {fd} of {pid}: pending {info.get('pending', '?')}, total {info.get('total', '?')}"
+        if match := re.fullmatch(r"[0-9a-f]+:([0-9a-f]+):[0-9a-f]+", info.get("API", "")):
+            line += f", features {Feature(int(match[1], 16))}"
+        yield line
+
+
+def _read(path: str) -> str:
+    """Return the text of a /proc file without the last line end; empty when it cannot be read (EPERM, ESRCH...)."""
+    try:
+        return Path(path).read_bytes().decode(errors="replace").rstrip("\n")
+    except OSError:
+        return ""

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Collect the results of a run and write them: KTAP as they come, files at the end.
+
+The files of ``-o DIR``:
+
+results.tap
+    The KTAP of the run.
+results.json
+    ``{"results": [...], "totals": {outcome: count}, "interrupted": "" or why the run ended early,
+    "exitstatus": pytest's, "options": {...}, "versions": {...}}``. Each result has ``name`` (unique), ``outcome``
+    (pass, fail, xfail, xpass, skip, error, timeout), ``reason`` (string, may be empty), ``seconds`` (float),
+    ``diagnostics`` (lines), ``nodeid``, ``case``, ``variant`` and ``mem`` (string or null), ``promise``, ``rows``
+    (promises of docs/contract.md) and ``hugepages`` (how many it takes). Results are in the order in which they came.
+environment.json
+    ``{"facts": what was probed, "changed": {"hugepages": {...} or null}, "kernel_log": "" or why it is unreadable,
+    "tainted": letters}``.
+dmesg.txt
+    What the kernel logged during the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import signal
+import sys
+from collections import Counter
+from typing import TYPE_CHECKING, Any, TextIO
+
+import pytest
+
+import uffd_selftests
+from uffd_selftests.harness import ktap
+from uffd_selftests.harness.results import Planned, Result, judge
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from uffd_selftests.harness.interrupts import Signals
+
+FILES = ("results.tap", "results.json", "environment.json", "dmesg.txt")
+
+
+class Reporter:
+    """A pytest plugin, in the one process that sees all reports."""
+
+    def __init__(
+        self, ktap_fd: int | None, folder: Path | None, progress: TextIO | None, signals: Signals
+    ) -> None:
+        self.folder = folder
+        self.results: list[Result] = []
+        self._open: dict[str, Planned] = {}
+        self._reports: dict[str, list[pytest.TestReport]] = {}
+        self._progress = progress
+        self._signals = signals
+        self._planned = 0
+        self._streams: list[TextIO] = []
+        if ktap_fd is not None:
+            self._streams.append(open(ktap_fd, "w", closefd=False))  # noqa: SIM115  # open as long as this is
+        if folder:
+            self._streams.append((folder / "results.tap").open("w"))
+        self._ktap = ktap.Writer(*self._streams)
+
+    @property
+    def descriptors(self) -> list[int]:
+        """What must not be written to by anybody else."""
+        return [stream.fileno() for stream in self._streams]
+
+    def close(self) -> None:
+        """Close the files."""
+        for stream in self._streams:
+            with contextlib.suppress(OSError):
+                stream.close()
+
+    @property
+    def totals(self) -> Counter[str]:
+        """How many results there are of each outcome."""
+        return Counter(result.outcome for result in self.results)
+
+    def begin(self, plan: Iterable[Planned], remarks: Iterable[str]) -> None:
+        """Announce the results to come."""
+        self._open = {planned.nodeid: planned for planned in plan}
+        self._planned = len(self._open)
+        self._ktap.plan(self._planned, remarks)
+
+    @pytest.hookimpl
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """Show what is running."""
+        if self._progress and nodeid in self._open:
+            self._show(f"[{len(self.results) + 1}/{self._planned}] {self._open[nodeid].name}")
+
+    @pytest.hookimpl
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Keep a report until its test is finished; xdist does not finish a test whose worker died."""
+        self._reports.setdefault(report.nodeid, []).append(report)
+        if report.when not in ("setup", "call", "teardown"):
+            self.pytest_runtest_logfinish(report.nodeid)
+
+    @pytest.hookimpl
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        """Write the result of a test."""
+        reports = self._reports.pop(nodeid, [])
+        planned = self._open.pop(nodeid, None)
+        if planned and reports:
+            self.add(judge(planned, reports))
+
+    def add(self, result: Result) -> None:
+        """Write a result."""
+        self.results.append(result)
+        self._show("")
+        try:
+            self._ktap.result(result)
+        except BrokenPipeError:  # nobody reads on: end as programs do then
+            self._signals.interrupt(signal.SIGPIPE)
+
+    def finish(self, interrupted: str) -> None:
+        """Write what is left to say; interrupted says why the run ended before its time, if it did."""
+        if not interrupted:
+            for planned in list(self._open.values()):
+                self.add(Result(planned, "error", "never ran"))
+        self._show("")
+        with contextlib.suppress(BrokenPipeError):
+            if self._planned:
+                self._ktap.totals(self.totals)
+            if interrupted:
+                self._ktap.bail_out(interrupted)
+
+    def write_files(self, documents: dict[str, Any]) -> None:
+        """Write files of the given names into the folder, as text or as JSON."""
+        if not self.folder:
+            return
+        for name, content in documents.items():
+            text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+            (self.folder / name).write_text(text)
+
+    def summary(self, interrupted: str, exitstatus: int, options: dict[str, Any]) -> dict[str, Any]:
+        """Return the content of results.json."""
+        return {
+            "results": [result.to_dict() for result in self.results],
+            "totals": dict(self.totals),
+            "interrupted": interrupted,
+            "exitstatus": exitstatus,
+            "options": options,
+            "versions": {
+                "uffd-selftests": uffd_selftests.__version__,
+                "kernel": platform.release(),
+                "python": platform.python_version(),
+                "pytest": pytest.__version__,
+            },
+        }
+
+    def _show(self, text: str) -> None:
+        """Replace the progress line."""
+        if self._progress:
+            width = os.get_terminal_size(self._progress.fileno()).columns
+            self._progress.write(f"\r\033[K{text[: width - 1]}")
+            self._progress.flush()
+
+
+def progress_stream() -> TextIO | None:
+    """Return the terminal that a progress line may go to, if there is one."""
+    return sys.stderr if sys.stderr.isatty() else None

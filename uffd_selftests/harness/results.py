@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What a run is to produce, and what pytest's reports of one test say about its result."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from uffd_selftests.case import ATTRIBUTE, Case
+from uffd_selftests.harness.gating import hugepages_needed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from uffd_selftests.mem_types import MemType
+
+MAX_OUTPUT_LINES = 40
+"""How much captured output a diagnostic shows: the last lines."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One result that a run will produce: plain data, the same in the controller and in its workers."""
+
+    nodeid: str
+    """pytest's name for it."""
+    name: str
+    """Its name in all reports: ``case (variant) on mem``; the nodeid of a test that declares no case."""
+    case: str
+    variant: str | None = None
+    mem: str | None = None
+    promise: str = ""
+    """The first sentence of the docstring: what the kernel promises."""
+    rows: tuple[str, ...] = ()
+    """The promises of docs/contract.md that it checks."""
+    hugepages: int = 0
+    """Huge pages of the default size that it takes."""
+
+    @classmethod
+    def of(cls, item: pytest.Item, area_bytes: int) -> Planned:
+        """Return the plan for one collected test."""
+        case, variant, mem = declaration(item)
+        promise = first_sentence(getattr(getattr(item, "function", None), "__doc__", None))
+        if case is None:
+            return cls(item.nodeid, item.nodeid, item.nodeid, promise=promise)
+        return cls(
+            item.nodeid,
+            case.result_name(variant, mem),
+            case.name,
+            variant,
+            mem.name if mem else None,
+            promise,
+            case.rows,
+            hugepages_needed(case, mem, area_bytes),
+        )
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> Planned:
+        """Return what dataclasses.asdict made plain, and JSON plainer."""
+        return cls(**{**plain, "rows": tuple(plain["rows"])})
+
+
+def declaration(item: pytest.Item) -> tuple[Case | None, str | None, MemType | None]:
+    """Return the case that a test declares, with its variant and memory type."""
+    case = getattr(getattr(item, "function", None), ATTRIBUTE, None)
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    if not isinstance(case, Case):
+        return None, None, None
+    return case, parameters.get("variant"), parameters.get("mem")
+
+
+def first_sentence(docstring: str | None) -> str:
+    """Return the first sentence of a docstring in one line."""
+    paragraph = (docstring or "").strip().partition("\n\n")[0]
+    text = " ".join(paragraph.split())
+    sentence, dot, _ = text.partition(". ")
+    return sentence + dot.strip()
+
+
+@dataclass
+class Result:
+    """One result of a run."""
+
+    planned: Planned
+    outcome: str
+    """pass, fail, xfail, xpass, skip, error or timeout."""
+    reason: str = ""
+    """Why it is no plain pass or fail: what is missing, "30 seconds", "killed by SIGSEGV"."""
+    diagnostics: list[str] = field(default_factory=list)
+    """Lines for the reader of a result that is not ok."""
+    seconds: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Its name in all reports."""
+        return self.planned.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what results.json says about it."""
+        plain = dataclasses.asdict(self.planned)
+        return {
+            "name": plain.pop("name"),
+            "outcome": self.outcome,
+            "reason": self.reason,
+            "seconds": round(self.seconds, 6),
+            "diagnostics": self.diagnostics,
+            **plain,
+            "rows": list(self.planned.rows),
+        }
+
+
+def judge(planned: Planned, reports: Sequence[pytest.TestReport]) -> Result:
+    """Make one result of the reports of a test's phases (and of its subtests)."""
+    outcome, reason = _outcome(reports)
+    result = Result(planned, outcome, reason, seconds=sum(report.duration for report in reports))
+    if outcome in ("fail", "error", "timeout"):
+        result.diagnostics = list(_diagnostics(planned, [report for report in reports if report.failed]))
+    return result
+
+
+def verdict(report: pytest.TestReport) -> dict[str, Any]:
+    """Return what the harness itself had to say in a report: outcome, reason, evidence; empty for an ordinary one."""
+    return getattr(report, "uffd", {})
+
+
+def _outcome(reports: Sequence[pytest.TestReport]) -> tuple[str, str]:
+    for report in reports:
+        if "outcome" in verdict(report):
+            return verdict(report)["outcome"], verdict(report)["reason"]
+        if report.when not in ("setup", "call", "teardown"):  # xdist's own report of a worker that died
+            return "error", "the worker process died"
+    if any(report.failed for report in reports):
+        return "fail", ""
+    for report in reports:
+        if hasattr(report, "wasxfail"):
+            return "xfail" if report.skipped else "xpass", report.wasxfail.removeprefix("reason: ")
+    whole = [report for report in reports if not hasattr(report, "context")]  # a skipped subtest is no skipped result
+    for report in whole:
+        if report.skipped:
+            return "skip", skip_reason(report)
+    return "pass", ""
+
+
+def skip_reason(report: pytest.TestReport) -> str:
+    """Return why a test was skipped."""
+    if isinstance(report.longrepr, tuple):
+        return report.longrepr[2].removeprefix("Skipped: ")
+    return str(report.longrepr)
+
+
+def _diagnostics(planned: Planned, failed: Sequence[pytest.TestReport]) -> Iterator[str]:
+    if planned.promise:
+        yield f"promise: {planned.promise}"
+    for report in failed:
+        yield from _message(report)
+        yield from verdict(report).get("evidence", ())
+    yield from _output(failed)
+
+
+def _message(report: pytest.TestReport) -> Iterator[str]:
+    """Say what was raised and where; a report of the harness has only its verdict, which is told elsewhere."""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    where = " (in the teardown)" if report.when == "teardown" else ""
+    if crash is not None:
+        first, *more = crash.message.splitlines() or [""]
+        yield first + where
+        yield from more
+        yield f"at {_place(report, crash)}"
+    elif "outcome" not in verdict(report) and report.longrepr:
+        yield from str(report.longrepr).splitlines()
+
+
+def _place(report: pytest.TestReport, crash: Any) -> str:
+    """Return the line of the case and, if that called something which failed, that line, too."""
+    path = report.location[0]
+    raised = f"{_short(crash.path)}:{crash.lineno}"
+    entries = getattr(getattr(report.longrepr, "reprtraceback", None), "reprentries", ())
+    places = [entry.reprfileloc for entry in entries if getattr(entry, "reprfileloc", None)]
+    for place in reversed(places):
+        if place.path.endswith(path):
+            case = f"{_short(place.path)}:{place.lineno}"
+            return case if case == raised else f"{case}, in {raised}"
+    return raised
+
+
+def _short(path: str) -> str:
+    """Return a path from the package on."""
+    _, package, rest = path.rpartition("uffd_selftests/")
+    return package + rest
+
+
+def _output(failed: Sequence[pytest.TestReport]) -> Iterator[str]:
+    """Show what the test printed, each section once."""
+    sections = dict(section for report in failed for section in report.sections)
+    for title, content in sections.items():
+        lines = content.splitlines()
+        bound = f", last {MAX_OUTPUT_LINES} of {len(lines)} lines" if len(lines) > MAX_OUTPUT_LINES else ""
+        yield f"{title}{bound}:"
+        yield from (f"  {line}" for line in lines[-MAX_OUTPUT_LINES:])

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Run each case where it can do no harm, and turn whatever became of it into pytest's reports."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+from _pytest.runner import runtestprotocol
+
+from uffd_selftests.harness import gating, proc
+from uffd_selftests.harness.isolation import Ending, Isolator, Kind, Send
+from uffd_selftests.harness.results import declaration
+from uffd_selftests.machine import hugepages, lack_of_hugepages
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+    from uffd_selftests.harness.health import KernelHealth
+    from uffd_selftests.harness.settings import Settings
+    from uffd_selftests.kernel import Facts
+
+PHASES = ("setup", "call", "teardown")
+
+PAGES_BACK_SECONDS = 2.0
+"""How long huge pages may take to come back after their process is gone: the kernel can free them in the background."""
+
+REFUSAL = pytest.StashKey[str]()
+"""Why a test fails without having run: it lacks something that was required."""
+
+
+class Leak(NamedTuple):
+    """What a child sends when something is left at its own end."""
+
+    line: str
+
+
+class Runner:
+    """A pytest plugin, in each process that runs tests."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        facts: Facts,
+        *,
+        turns: Path | None,
+        health: KernelHealth | None,
+        guarded: Iterable[int],
+    ) -> None:
+        self._settings = settings
+        self._facts = facts
+        self._turns = turns
+        """If this file is there, the huge pages do not suffice for all workers: whoever takes some locks it."""
+        self._health = health
+        """Set if nobody else runs cases now, so that what the kernel says and loses is the doing of the case."""
+        self._guarded = list(guarded)
+        self._isolator: Isolator | None = None
+
+    def close(self) -> None:
+        """End what is running."""
+        if self._isolator:
+            self._isolator.close()
+            self._isolator = None
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+        """Run a case in a child; leave to pytest what is to be skipped or to run in this process."""
+        case, _, mem = declaration(item)
+        if not case:
+            return self._run(item, isolate=self._settings.isolate_all or bool(item.get_closest_marker("isolated")))
+        lacking = gating.missing(case, mem, self._facts)
+        needed = gating.hugepages_needed(case, mem, self._settings.area_bytes)
+        with self._turn(needed):
+            if not lacking and needed and (reason := lack_of_hugepages(self._facts.hugepage_size, needed)):
+                lacking = [gating.Missing(gating.HUGEPAGES, reason)]
+            if lacking:
+                self._refuse(item, lacking)
+            return self._run(item, isolate=not lacking)
+
+    def _refuse(self, item: pytest.Item, lacking: list[gating.Missing]) -> None:
+        """Have pytest skip a test, or fail it if what it lacks was required."""
+        reason = gating.sentence(lacking)
+        if required := sorted({thing.name for thing in lacking} & self._settings.require):
+            item.stash[REFUSAL] = f"{', '.join(required)} is required: {reason}"
+        else:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Fail what lacks something required."""
+        if reason := item.stash.get(REFUSAL, ""):
+            pytest.fail(reason, pytrace=False)
+
+    @contextlib.contextmanager
+    def _turn(self, needed: int) -> Iterator[None]:
+        """Wait until no other worker uses huge pages, if there are not enough for all."""
+        if not needed or not self._turns or not self._turns.exists():
+            yield
+            return
+        with self._turns.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                # Not left to closing alone: a child that cannot be killed would still have the file open.
+                fcntl.flock(file, fcntl.LOCK_UN)
+
+    def _run(self, item: pytest.Item, *, isolate: bool) -> bool | None:
+        """Run a test in a child and report, or leave it to pytest."""
+        if not isolate or not self._settings.isolate:
+            return None
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        for report in self._isolated(item):
+            item.ihook.pytest_runtest_logreport(report=report)
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        return True
+
+    def _isolated(self, item: pytest.Item) -> list[pytest.TestReport]:
+        if not self._isolator:
+            self._isolator = Isolator()
+            for fd in self._guarded:
+                self._isolator.guard(fd)
+        pages_before = self._pages_in_use()
+        ending = self._isolator.run(lambda send: _perform(item, send), deadline=self._settings.deadline)
+        reports = _reports(item, ending)
+        left = [record.line for record in ending.records if isinstance(record, Leak)] + ending.leftovers
+        left += self._pages_lost(pages_before)
+        if left:
+            _fail_late(item, reports, "left behind", left)
+        if self._health and (complaints := self._health.complaints()):
+            _fail_late(item, reports, "the kernel complained", complaints)
+        return reports
+
+    def _pages_in_use(self) -> tuple[int, int]:
+        """Return how many huge pages are in use and how many are promised, if nobody else here changes that."""
+        if not self._health or not self._facts.hugepage_size:
+            return 0, 0
+        counts = hugepages(self._facts.hugepage_size)
+        return counts.total - counts.free, counts.reserved
+
+    def _pages_lost(self, before: tuple[int, int]) -> list[str]:
+        """Say how many more huge pages are in use than before although nobody has them."""
+        until = time.monotonic() + PAGES_BACK_SECONDS
+        while True:
+            used, reserved = (now - then for now, then in zip(self._pages_in_use(), before, strict=True))
+            if used <= 0 and reserved <= 0:
+                return []
+            if time.monotonic() > until:
+                break
+            time.sleep(0.01)
+        if proc.hugetlb_users():  # somebody else on this machine took them
+            return []
+        lines = {"huge pages not given back": used, "huge pages still reserved": reserved}
+        return [f"{count} {what}" for what, count in lines.items() if count > 0]
+
+
+def _perform(item: pytest.Item, send: Send) -> None:
+    """Run a test in the child and send its reports one by one, so that a later crash does not take them along."""
+    failed = False
+
+    def forward(*, report: pytest.TestReport) -> None:
+        nonlocal failed
+        failed |= report.failed
+        send(item.config.hook.pytest_report_to_serializable(config=item.config, report=report))
+
+    # Nobody in the child may hear of the reports: not the terminal, not the files, above all not xdist's channel.
+    # Subtests report through the same hook.
+    for relay in (item.config.hook, item.ihook):
+        setattr(relay, "pytest_runtest_logreport", forward)  # noqa: B010  # mypy knows no hook by name
+    runtestprotocol(item, log=True, nextitem=None)
+    if not failed:  # the traceback of a failure keeps its frames alive, and what they hold
+        for fd in proc.userfaultfds():
+            send(Leak(f"userfaultfd {fd} is open"))
+
+
+def _reports(item: pytest.Item, ending: Ending) -> list[pytest.TestReport]:
+    """Return pytest's reports of a child, with one more if it did not come to a good end."""
+    unpack = item.config.hook.pytest_report_from_serializable
+    reports = [unpack(config=item.config, data=data) for data in ending.records if isinstance(data, dict)]
+    if ending.kind is Kind.DONE and not ending.leftovers:
+        return reports
+    sections = _captured(item)
+    if ending.kind is not Kind.DONE:
+        word = ending.kind.name
+        text = "\n".join([f"{word} {ending.reason}", *ending.evidence])
+        verdict = {"outcome": word.lower(), "reason": ending.reason, "evidence": ending.evidence}
+        reports.append(_failure(item, reports, text, sections=sections, duration=ending.seconds, uffd=verdict))
+    return reports
+
+
+def _fail_late(item: pytest.Item, reports: list[pytest.TestReport], what: str, lines: list[str]) -> None:
+    """Add a failure that shows only when a test is over; it takes the place of a teardown that went well."""
+    failure = _failure(item, reports, "\n".join([f"{what}:", *(f"  {line}" for line in lines)]))
+    if reports and reports[-1].when == "teardown" and reports[-1].passed:
+        failure.sections = reports.pop().sections
+    reports.append(failure)
+
+
+def _failure(item: pytest.Item, reports: list[pytest.TestReport], text: str, **more: Any) -> pytest.TestReport:
+    """Return a failed report of the phase that follows those reported."""
+    done = {report.when for report in reports if not hasattr(report, "context")}
+    when = next((phase for phase in PHASES if phase not in done), "teardown")
+    if any(report.when == "setup" and not report.passed for report in reports):
+        when = "teardown"
+    keywords = dict.fromkeys(item.keywords, 1)
+    return pytest.TestReport(item.nodeid, item.location, keywords, "failed", text, when, **more)  # type: ignore[arg-type]
+
+
+def _captured(item: pytest.Item) -> list[tuple[str, str]]:
+    """Take what a killed child printed: it wrote to the same files as this process, and nobody else will read it."""
+    manager = item.config.pluginmanager.getplugin("capturemanager")
+    if not manager or not manager.is_globally_capturing():
+        return []
+    out, err = manager.read_global_capture()
+    return [(f"Captured {name}", text) for name, text in (("stdout", out), ("stderr", err)) if text]

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The options of a run, wherever they come from: command line, environment, default."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from uffd_selftests.harness import gating
+
+Parse = Callable[[str], Any]
+
+
+def seconds(text: str) -> float:
+    """Read a positive number of seconds, or a positive factor; raises ValueError."""
+    value = float(text)
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{text} is not a positive number")
+    return value
+
+
+def mebibytes(text: str) -> int:
+    """Read a positive whole number of MiB; raises ValueError."""
+    value = int(text)
+    if value <= 0:
+        raise ValueError(f"{text} is not a positive number")
+    return value
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option that takes a value and can be set by the environment as well."""
+
+    flag: str
+    metavar: str
+    variable: str
+    default: str
+    parse: Parse
+    help: str
+
+    @property
+    def name(self) -> str:
+        """Its name in pytest's configuration."""
+        return self.flag.lstrip("-").replace("-", "_")
+
+    def value(self, given: str | None) -> Any:
+        """Return what counts: the given text, else that of the environment, else the default; raises ValueError."""
+        text = given if given is not None else os.environ.get(self.variable) or self.default
+        source = self.flag if given is not None else self.variable
+        try:
+            return self.parse(text)
+        except ValueError as error:
+            reason = str(error) if "invalid literal" not in str(error) and "convert" not in str(error) else repr(text)
+            raise ValueError(f"{source}: {reason}") from None
+
+
+OPTIONS = (
+    Option("--deadline", "SECONDS", "UFFD_DEADLINE", "30", seconds, "kill a case after SECONDS (30)"),
+    Option("--deadline-scale", "FACTOR", "UFFD_DEADLINE_SCALE", "1", seconds, "multiply all deadlines, for emulators"),
+    Option("--area-mib", "MIB", "UFFD_AREA_MIB", "32", mebibytes, "size of a case's source and destination (32)"),
+    Option(
+        "--require", "NAME,...", "UFFD_REQUIRE", "", gating.parse_requirements,
+        "skips for lack of these features (wp, minor-shmem) or requirements (device) are failures",
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of a run, checked."""
+
+    deadline: float
+    """Seconds that a case may take, scaled."""
+    deadline_scale: float
+    area_bytes: int
+    """Size of the source and of the destination area of a case that names no number of pages."""
+    require: frozenset[str]
+    filters: tuple[str, ...]
+    isolate: bool
+    isolate_all: bool
+    """Isolate tests that declare no case, too."""
+    ktap_fd: int | None
+    folder: Path | None
+
+    @classmethod
+    def of(cls, config: pytest.Config) -> Settings:
+        """Return the settings of a pytest run; raises pytest.UsageError."""
+        option = config.option
+        try:
+            values = {each.name: each.value(getattr(option, each.name)) for each in OPTIONS}
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from None
+        return cls(
+            values["deadline"] * values["deadline_scale"],
+            values["deadline_scale"],
+            values["area_mib"] << 20,
+            values["require"],
+            tuple(option.filter),
+            option.isolation and not option.usepdb and not option.trace,
+            option.isolate_all,
+            option.ktap_fd,
+            Path(option.report_dir) if option.report_dir else None,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what results.json says about them."""
+        return {
+            "deadline": self.deadline,
+            "deadline_scale": self.deadline_scale,
+            "area_bytes": self.area_bytes,
+            "require": sorted(self.require),
+            "filters": list(self.filters),
+            "isolation": self.isolate,
+        }
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """Tell pytest about the options."""
+    group = parser.getgroup("userfaultfd")
+    for each in OPTIONS:
+        group.addoption(each.flag, metavar=each.metavar, help=f"{each.help} [{each.variable}]")
+    group.addoption("--filter", action="append", default=[], metavar="SUBSTR", help="only cases whose name has SUBSTR")
+    group.addoption(
+        "--no-isolation", action="store_false", dest="isolation", default=True,
+        help="run cases in pytest's own process, for a debugger",
+    )  # fmt: skip
+    group.addoption("--isolate-all", action="store_true", help="run all tests in child processes, not only cases")
+    group.addoption("--ktap-fd", type=int, metavar="FD", help="write KTAP to this descriptor")
+    group.addoption("--report-dir", metavar="DIR", help="write results.tap, results.json... into this folder")

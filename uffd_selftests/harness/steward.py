@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What a run does once, in pytest's first process: probe, plan, change the machine and put it back, end in order."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from uffd_selftests import kernel
+from uffd_selftests.harness import proc
+from uffd_selftests.harness.health import KernelHealth
+from uffd_selftests.harness.results import Planned, Result
+
+if TYPE_CHECKING:
+    from uffd_selftests.harness.interrupts import Signals
+    from uffd_selftests.harness.reporter import Reporter
+    from uffd_selftests.harness.settings import Settings
+
+PAPER = "{worker}.json"
+"""The file in which a worker hands in its plan."""
+
+
+def hand_in(folder: Path, worker: str, plan: list[Planned], error: str) -> None:
+    """Give the steward a worker's plan, or the usage error that came of it."""
+    paper = {"pid": os.getpid(), "error": error, "plan": [asdict(planned) for planned in plan]}
+    (folder / PAPER.format(worker=worker)).write_text(json.dumps(paper))
+
+
+class Steward:
+    """A pytest plugin, in the serial process or in xdist's controller, never in a worker."""
+
+    def __init__(self, config: pytest.Config, settings: Settings, signals: Signals, reporter: Reporter | None) -> None:
+        self.facts = kernel.probe()
+        self.health = KernelHealth()
+        self._cleanup = contextlib.ExitStack()
+        self._cleanup.callback(self.health.close)
+        self._config = config
+        self._settings = settings
+        self._signals = signals
+        self._reporter = reporter
+        self._folder: Path | None = None
+        self._workers: list[int] = []
+        self._pool: kernel.HugepagePool | None = None
+        self._pages_before = 0
+        self._begun = False
+        self._ended_by = ""
+        self._problems: list[Result] = []
+
+    @property
+    def folder(self) -> Path:
+        """A folder that this process and its workers share, gone at the end."""
+        if not self._folder:
+            self._folder = Path(self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="uffd-selftests-")))
+        return self._folder
+
+    def close(self) -> None:
+        """Put the machine back."""
+        self._cleanup.close()
+
+    # ---- the beginning ----
+
+    def begin(self, plan: list[Planned], workers: int = 1) -> None:
+        """Make ready for the results to come; does nothing if some could not be collected."""
+        if self._ended_by or not plan:
+            return
+        self._begun = True
+        kernel.repair()
+        self._pages_before = self._pages_in_use()
+        wanted = workers * max(planned.hugepages for planned in plan)
+        if wanted:
+            self._pool = self._cleanup.enter_context(kernel.HugepagePool(self.facts.hugepage_size, wanted))
+            if self._pool.shortage and workers > 1:
+                (self.folder / TURNS).touch()
+        if self._reporter:
+            self._reporter.begin(plan, self._remarks())
+
+    def _remarks(self) -> list[str]:
+        remarks = [f"Linux {self.facts.release} {self.facts.machine}"]
+        if self.health.unreadable:
+            remarks.append(f"the kernel log is not checked: {self.health.unreadable}")
+        return remarks
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """Hand an xdist worker what was probed."""
+        node.workerinput["uffd"] = json.dumps({"facts": self.facts.to_dict(), "folder": str(self.folder)})
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: Any) -> None:
+        """Begin when the first xdist worker has collected; no test runs before all have."""
+        paper = json.loads((self.folder / PAPER.format(worker=node.gateway.id)).read_text())
+        self._workers.append(paper["pid"])
+        if paper["error"]:
+            raise pytest.UsageError(paper["error"])
+        if self._ended_by:
+            raise pytest.Session.Interrupted(self._ended_by)
+        if not self._begun:
+            self.begin([Planned.from_dict(planned) for planned in paper["plan"]], len(self._config.option.tx))
+
+    # ---- the end ----
+
+    @pytest.hookimpl
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Remember that something cannot be collected."""
+        if report.failed and not self._ended_by:
+            self._ended_by = f"cannot collect {report.nodeid}: {_last_line(report.longrepr)}"
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        """Remember why the run ends early, and hurry the workers: xdist alone waits ten seconds for them."""
+        self._ended_by = self._ended_by or str(excinfo.value) or excinfo.typename
+        if self._signals.number:
+            for pid in self._workers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_internalerror(self, excrepr: object) -> None:
+        """Remember why the run ends early."""
+        self._ended_by = f"internal error: {_last_line(excrepr)}"
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Judge the run as a whole, write what is left to write and put the machine back; xdist's workers are gone."""
+        if self._begun:
+            self._judge_run()
+        if self._problems and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        ended_by = self._ended_by or str(session.shouldfail or session.shouldstop or "")
+        if self._reporter and (self._begun or ended_by):
+            for problem in self._problems:
+                self._reporter.add(problem)
+            self._reporter.finish(ended_by)
+            self._reporter.write_files(self._documents(ended_by, int(session.exitstatus)))
+        self.close()
+
+    def _judge_run(self) -> None:
+        """Find what no single result can be blamed for."""
+        if complaints := self.health.complaints():
+            self._blame("kernel-log", complaints)
+        lost = self._pages_in_use() - self._pages_before
+        if self._workers and lost > 0 and not proc.hugetlb_users():
+            self._blame("hugepages", [f"{lost} huge pages not given back"])
+
+    def _blame(self, name: str, lines: list[str]) -> None:
+        self._problems.append(Result(Planned(name, name, name), "fail", diagnostics=lines))
+
+    def _pages_in_use(self) -> int:
+        if not self.facts.hugepage_size:
+            return 0
+        counts = kernel.hugepages(self.facts.hugepage_size)
+        return counts.total - counts.free
+
+    def _documents(self, ended_by: str, exitstatus: int) -> dict[str, Any]:
+        changed = {"hugepages": {"size": self._pool.size, "added": self._pool.added}} if self._pool else {}
+        return {
+            "results.json": self._summary(ended_by, exitstatus),
+            "environment.json": {
+                "facts": self.facts.to_dict(),
+                "changed": changed,
+                "hugepage_shortage": self._pool.shortage if self._pool else None,
+                "kernel_log_unreadable": self.health.unreadable or None,
+                "tainted": self.health.taints(),
+            },
+            "dmesg.txt": "".join(f"{record}\n" for record in self.health.records),
+        }
+
+    def _summary(self, ended_by: str, exitstatus: int) -> dict[str, Any]:
+        options = {**self._settings.to_dict(), "keyword": self._config.option.keyword, "workers": len(self._workers)}
+        return self._reporter.summary(ended_by, exitstatus, options) if self._reporter else {}
+
+    @pytest.hookimpl
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Tell the reader of pytest's own output what no single result tells."""
+        for problem in self._problems:
+            terminalreporter.section(problem.name, red=True)
+            for line in problem.diagnostics:
+                terminalreporter.write_line(line)
+        if self._begun and self.health.unreadable:
+            terminalreporter.write_line(f"the kernel log was not checked: {self.health.unreadable}")
+
+
+def _last_line(text: object) -> str:
+    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
+    return lines[-1].removeprefix("E ").strip() if lines else "unknown error"
+
+
+TURNS = "turns"
+"""The file in the shared folder that is there when workers must take turns with the huge pages."""
