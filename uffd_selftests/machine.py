@@ -32,6 +32,9 @@ COMPACT_MEMORY = Path("/proc/sys/vm/compact_memory")
 JOURNAL_PARENTS = ("/run", "/dev/shm", "/tmp")
 """The journal's directory is made in the first of these that exists."""
 JOURNAL_NAME = "uffd-selftests"
+RECORD = ".json"
+DRAFT = ".new"
+TURN = ".turn"
 
 
 # ---- huge pages ----------------------------------------------------------------------------------------------------
@@ -90,7 +93,8 @@ def lack_of_hugepages(size: int, wanted: int, *, claimed: int = 0, why: str = ""
     if available >= wanted:
         return None
     why = f" ({why})" if why else ""
-    remedy = f"echo {counts.total + wanted - available} > {_pool(size)}/nr_hugepages"
+    root = "as root, " if os.geteuid() else ""
+    remedy = f"{root}echo {counts.total + wanted - available} > {_pool(size)}/nr_hugepages"
     return f"needs {wanted} free huge pages of {size // 1024} kB, {available} free{why}: {remedy}"
 
 
@@ -139,9 +143,8 @@ class HugepagePool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        entry, self._entry = self._entry, None
-        if entry and entry.owner == os.getpid():
-            _undo(entry)
+        if self._entry:
+            _undo(self._entry)
 
     def _grow(self, journal: _Journal, entry: _Entry, claimed: int) -> None:
         counts = hugepages(self.size)
@@ -188,7 +191,7 @@ class Sysctl:
     def __enter__(self) -> Sysctl:
         try:
             with _Journal.open() as journal:
-                self._turn = journal.open_file(str(self.path).strip("/").replace("/", "-") + ".turn")
+                self._turn = journal.open_file(str(self.path).strip("/").replace("/", "-") + TURN)
             fcntl.lockf(self._turn, fcntl.LOCK_EX)
             with _Journal.open() as journal:
                 _say(journal.repair())
@@ -200,12 +203,11 @@ class Sysctl:
         return self
 
     def __exit__(self, *_: object) -> None:
-        entry, self._entry = self._entry, None
-        turn, self._turn = self._turn, -1
-        if entry and entry.owner == os.getpid():
-            _undo(entry)
-        if turn >= 0:
-            os.close(turn)
+        if self._entry:
+            _undo(self._entry)
+        if self._turn >= 0:
+            os.close(self._turn)
+            self._turn = -1
 
 
 def _setting(path: Path) -> str:
@@ -242,6 +244,10 @@ class _PoolRecord:
     low: int = 0
     high: int = 0
 
+    def __post_init__(self) -> None:
+        if not all(isinstance(count, int) for count in (self.size, self.wanted, self.added or 0, self.low, self.high)):
+            raise TypeError
+
     def undo(self, journal: _Journal, entry: _Entry) -> str | None:
         """Take the added pages away; says what was done."""
         counts = hugepages(self.size)
@@ -253,7 +259,7 @@ class _PoolRecord:
         target = max(0, counts.persistent - added)
         journal.update(entry, dataclasses.replace(self, added=None, low=target, high=counts.persistent))
         _resize(self.size, target)
-        return f"restored {added} huge pages of {self.size // 1024} kB"
+        return f"restored {counts.persistent - target} huge pages of {self.size // 1024} kB"
 
 
 @dataclass(frozen=True)
@@ -264,6 +270,10 @@ class _SettingRecord:
     path: str
     old: str
     new: str
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(text, str) for text in (self.path, self.old, self.new)):
+            raise TypeError
 
     def undo(self, _journal: _Journal, _entry: _Entry) -> str | None:
         """Put the old value back unless someone has changed ours; says what was done."""
@@ -324,21 +334,24 @@ class _Journal:
 
     def add(self, record: _Record) -> _Entry:
         """Write a new record down."""
-        entry = _Entry(f"{os.getpid()}-{time.monotonic_ns()}.json", record, fd=-1)
+        entry = _Entry(f"{os.getpid()}-{time.monotonic_ns()}{RECORD}", record, fd=-1)
         self.update(entry, record)
         _own[entry.name] = entry
         return entry
 
     def update(self, entry: _Entry, record: _Record) -> None:
         """Write another record over the entry's, in one step."""
-        draft = entry.name + ".new"
-        fd = self.open_file(draft)
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        draft = entry.name + DRAFT
         text = json.dumps({"boot": _boot_id(), "kind": record.kind, **dataclasses.asdict(record)})
-        with open(fd, "w", closefd=False) as file:
-            file.truncate(0)
-            file.write(text + "\n")
-        os.rename(draft, entry.name, src_dir_fd=self.directory, dst_dir_fd=self.directory)
+        fd = self.open_file(draft)
+        try:
+            _lock(fd)
+            with open(fd, "w", closefd=False) as file:
+                file.write(text + "\n")
+            os.rename(draft, entry.name, src_dir_fd=self.directory, dst_dir_fd=self.directory)
+        except BaseException:
+            os.close(fd)
+            raise
         old, entry.fd, entry.record = entry.fd, fd, record
         if old >= 0:
             os.close(old)
@@ -361,6 +374,8 @@ class _Journal:
     def repair(self) -> list[str]:
         """Undo and forget the entries of dead processes; returns a line for whatever was done."""
         notices = []
+        for draft in self._names(DRAFT):
+            os.unlink(draft, dir_fd=self.directory)
         for name in self._names():
             fd = self.open_file(name)
             if _lock(fd):
@@ -382,9 +397,9 @@ class _Journal:
         self.remove(entry)
         return notice and f"{notice} left by an interrupted run"
 
-    def _names(self) -> list[str]:
-        """Return the other processes' files."""
-        return [name for name in os.listdir(self.directory) if name.endswith(".json") and name not in _own]
+    def _names(self, ending: str = RECORD) -> list[str]:
+        """Return the names of files that are not this process's."""
+        return [name for name in os.listdir(self.directory) if name.endswith(ending) and name not in _own]
 
 
 def _lock(fd: int) -> bool:
@@ -407,7 +422,9 @@ def _parse(fd: int) -> _Record | None:
 
 
 def _undo(entry: _Entry) -> None:
-    """Undo an own change and forget it; says so when that is not possible."""
+    """Undo an own change and forget it; says so when that is not possible. A child that a case forked does nothing."""
+    if entry.owner != os.getpid() or entry.name not in _own:
+        return
     try:
         with _Journal.open() as journal:
             if entry.record:
@@ -416,8 +433,7 @@ def _undo(entry: _Entry) -> None:
     except OSError as error:
         _say([f"could not undo {entry.record}: {error}"])
     except BaseException:  # a second Ctrl-C must not leave the change behind
-        if entry.name in _own:
-            _undo(entry)
+        _undo(entry)
         raise
 
 
