@@ -74,12 +74,15 @@ def expect(observed: object, expected: object, what: str) -> None:
 
 
 @contextmanager
-def promise(*rows: str) -> Iterator[None]:
-    """Name the promises (row IDs of the contract) that the block checks: its failure begins with them."""
+def promise(row: str, when: str = "") -> Iterator[None]:
+    """Name the promise (a row of the contract, or several) that the block checks, and the instance of it.
+
+    A failure of the block begins with these.
+    """
     try:
         yield
     except (AssertionError, OSError) as error:
-        raise AssertionError(f"{' '.join(rows)}: {error}") from error
+        raise AssertionError(f"{row}{f', {when}' if when else ''}: {error}") from error
 
 
 def eventually(condition: Callable[[], bool], what: str) -> None:
@@ -205,6 +208,18 @@ def refuses(number: int, *, output: int | None = None) -> Iterator[None]:
         raise AssertionError(f"expected {errno_name(number)}; the call succeeded")
 
 
+def bad_ranges(good: Range) -> dict[str, Range]:
+    """Ranges that every request must refuse with EINVAL (validate_range of the kernel), made from a good one."""
+    return {
+        "start not page aligned": Range(good.start + 1, good.len),
+        "len 0": Range(good.start, 0),
+        "len 1": Range(good.start, 1),
+        "len not a multiple of the page size": Range(good.start, good.len + 1),
+        "start + len wraps": Range(good.start, (1 << 64) - PAGE_SIZE),
+        "start beyond user space": Range((1 << 64) - PAGE_SIZE, PAGE_SIZE),
+    }
+
+
 class FdInfo(NamedTuple):
     """What /proc/PID/fdinfo says of a userfaultfd (userfaultfd_show_fdinfo)."""
 
@@ -259,6 +274,14 @@ class Uffd:
         return uffd
 
     # -- plumbing
+
+    def raw_ioctl(self, request: int, address: int = 0) -> int:
+        """Issue an ioctl whose argument is at any address, or a plain value; returns its result."""
+        name = uapi.IOCTL_NAMES.get(request, f"ioctl {request:#x}")
+        ret: int = lib.uffd_ioctl(self.fd, request, address)
+        if ret < 0:
+            raise UffdError(-ret, f"{name}({address:#x})")
+        return ret
 
     def ioctl(self, request: int, arg: Any, call: str, field: str | None = None) -> None:
         """Issue one ioctl; ``call`` is how messages name it, ``field`` its output field."""

@@ -110,14 +110,15 @@ def faulting(
     *,
     write: bool = False,
     flags: PagefaultFlag | None = None,
+    at: int | None = None,
     call: Callable[[], object] | None = None,
     read: bool = True,
 ) -> Iterator[Waiter]:
     """Have a thread fault at ``address``; the block runs while it sleeps, and leaving it waits for its end.
 
     By default the thread reads a byte there, which is its result, or with ``write`` makes a write access that changes
-    nothing; ``call`` replaces that. The message is read, must carry ``flags`` and lands in ``waiter.fault``; with
-    ``read`` false it is left in the queue.
+    nothing; ``call`` replaces that. The message is read, must carry ``flags`` and the address ``at`` (by default the
+    start of the base page) and lands in ``waiter.fault``; with ``read`` false it is left in the queue.
     """
     if call is None:
         call = (lambda: memory.touch(Range(address, 1), 1, write=True)) if write else (lambda: memory.peek(address))
@@ -125,7 +126,8 @@ def faulting(
         flags = PagefaultFlag.WRITE if write else PagefaultFlag(0)
     with Waiter(call) as waiter:
         if read:
-            waiter.fault = uffd.wait_fault(Range(address // memory.PAGE_SIZE * memory.PAGE_SIZE, 1), flags)
+            page = address - address % memory.PAGE_SIZE
+            waiter.fault = uffd.wait_fault(page if at is None else at, flags)
         elif not uffd.readable(DEADLINE):
             raise AssertionError(f"expected a page fault at {address:#x}; nothing came within {DEADLINE:g} seconds")
         yield waiter
