@@ -61,6 +61,7 @@ __all__ = [
 
 DEVICE = "/dev/userfaultfd"
 DEBUGFS = Path("/sys/kernel/debug")
+MEMINFO = "/proc/meminfo"
 PAGEMAP = "/proc/self/pagemap"
 KMSG = "/dev/kmsg"
 THP = Path("/sys/kernel/mm/transparent_hugepage")
@@ -169,7 +170,7 @@ class Facts:
 def probe() -> Facts:
     """Look at the kernel and at what this process may do. Takes a millisecond or two and never fails."""
     uname = os.uname()
-    meminfo = _fields("/proc/meminfo")
+    meminfo = _fields(MEMINFO)
     status = _fields("/proc/self/status")
     access = {way: _errno_of(lambda way=way: os.close(_open_userfaultfd(way))) for way in WAYS}  # type: ignore[misc]
     way = next((way for way in WAYS if access[way] is None), None)
