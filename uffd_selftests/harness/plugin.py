@@ -18,7 +18,7 @@ from uffd_selftests import kernel
 from uffd_selftests.case import ATTRIBUTE, Case
 from uffd_selftests.harness.gating import area_pages
 from uffd_selftests.harness.interrupts import Signals
-from uffd_selftests.harness.reporter import Reporter, progress_stream
+from uffd_selftests.harness.reporter import Reporter
 from uffd_selftests.harness.results import Planned, declaration
 from uffd_selftests.harness.runner import Runner
 from uffd_selftests.harness.settings import Settings, add_options
@@ -64,7 +64,7 @@ def _be_worker(config: pytest.Config, settings: Settings, given: dict[str, Any])
 def _be_first(config: pytest.Config, settings: Settings, signals: Signals) -> None:
     reporter = None
     if settings.ktap_fd is not None or settings.folder:
-        reporter = config.stash[REPORTER] = Reporter(settings.ktap_fd, settings.folder, progress_stream(), signals)
+        reporter = config.stash[REPORTER] = Reporter(settings, signals)
         _register(config, reporter)
     steward = config.stash[STEWARD] = Steward(config, settings, signals, reporter)
     _register(config, steward)

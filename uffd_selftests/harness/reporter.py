@@ -37,9 +37,9 @@ from uffd_selftests.harness.results import Planned, Result, judge
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
     from uffd_selftests.harness.interrupts import Signals
+    from uffd_selftests.harness.settings import Settings
 
 FILES = ("results.tap", "results.json", "environment.json", "dmesg.txt")
 
@@ -47,21 +47,19 @@ FILES = ("results.tap", "results.json", "environment.json", "dmesg.txt")
 class Reporter:
     """A pytest plugin, in the one process that sees all reports."""
 
-    def __init__(
-        self, ktap_fd: int | None, folder: Path | None, progress: TextIO | None, signals: Signals
-    ) -> None:
-        self.folder = folder
+    def __init__(self, settings: Settings, signals: Signals) -> None:
         self.results: list[Result] = []
         self._open: dict[str, Planned] = {}
         self._reports: dict[str, list[pytest.TestReport]] = {}
-        self._progress = progress
+        self._folder = settings.folder
+        self._progress = sys.stderr if settings.progress and sys.stderr.isatty() else None
         self._signals = signals
         self._planned = 0
         self._streams: list[TextIO] = []
-        if ktap_fd is not None:
-            self._streams.append(open(ktap_fd, "w", closefd=False))  # noqa: SIM115  # open as long as this is
-        if folder:
-            self._streams.append((folder / "results.tap").open("w"))
+        if settings.ktap_fd is not None:
+            self._streams.append(open(settings.ktap_fd, "w", closefd=False))  # noqa: SIM115  # open as long as this is
+        if self._folder:
+            self._streams.append((self._folder / "results.tap").open("w"))
         self._ktap = ktap.Writer(*self._streams)
 
     @property
@@ -130,11 +128,11 @@ class Reporter:
 
     def write_files(self, documents: dict[str, Any]) -> None:
         """Write files of the given names into the folder, as text or as JSON."""
-        if not self.folder:
+        if not self._folder:
             return
         for name, content in documents.items():
             text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-            (self.folder / name).write_text(text)
+            (self._folder / name).write_text(text)
 
     def summary(self, interrupted: str, exitstatus: int, options: dict[str, Any]) -> dict[str, Any]:
         """Return the content of results.json."""
@@ -158,8 +156,3 @@ class Reporter:
             width = os.get_terminal_size(self._progress.fileno()).columns
             self._progress.write(f"\r\033[K{text[: width - 1]}")
             self._progress.flush()
-
-
-def progress_stream() -> TextIO | None:
-    """Return the terminal that a progress line may go to, if there is one."""
-    return sys.stderr if sys.stderr.isatty() else None

@@ -86,6 +86,7 @@ class Settings:
     isolate_all: bool
     """Isolate tests that declare no case, too."""
     ktap_fd: int | None
+    progress: bool
     folder: Path | None
 
     @classmethod
@@ -105,6 +106,7 @@ class Settings:
             option.isolation and not option.usepdb and not option.trace,
             option.isolate_all,
             option.ktap_fd,
+            option.progress,
             Path(option.report_dir) if option.report_dir else None,
         )
 
@@ -132,4 +134,5 @@ def add_options(parser: pytest.Parser) -> None:
     )  # fmt: skip
     group.addoption("--isolate-all", action="store_true", help="run all tests in child processes, not only cases")
     group.addoption("--ktap-fd", type=int, metavar="FD", help="write KTAP to this descriptor")
+    group.addoption("--progress", action="store_true", help="show what is running if stderr is a terminal")
     group.addoption("--report-dir", metavar="DIR", help="write results.tap, results.json... into this folder")

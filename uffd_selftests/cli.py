@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The command line: run the suite under pytest, with KTAP on stdout and nothing else.
+
+Exit codes: 0 nothing failed, 1 something failed, 2 usage error, 4 nothing could be tested, 128 + N ended by signal N.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import pytest
+
+from uffd_selftests import __version__
+from uffd_selftests.harness.reporter import FILES
+from uffd_selftests.harness.settings import OPTIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+PROGRAM = "uffd-selftests"
+PACKAGE = Path(__file__).resolve().parent
+CASES = PACKAGE / "cases"
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOTHING = 0, 1, 2, 4
+
+OUTPUT_TAIL = 20
+"""How many lines of pytest's own output are shown when pytest gives up."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Complain and leave."""
+        self.exit(EXIT_USAGE, f"{PROGRAM}: {message} (--help shows the options)\n")
+
+
+def parser() -> Parser:
+    """Return the parser of everything before ``--``."""
+    # Without abbreviations: an option that comes later must not change what a script means.
+    result = Parser(prog=PROGRAM, allow_abbrev=False)
+    result.description = "Test the running kernel's userfaultfd."
+    result.epilog = "Arguments after -- go to pytest; a path among them replaces the suite's cases."
+    add = result.add_argument
+    add("-l", "--list", action="store_true", help="list the results that a run would produce")
+    add("-f", "--filter", action="append", default=[], metavar="SUBSTR",
+        help="only cases whose name has SUBSTR, or results if it has ' on ' (can be repeated)")  # fmt: skip
+    add("-k", dest="keyword", metavar="EXPR", help="only results that pytest's -k would choose: 'move and not hugetlb'")
+    add("-n", dest="workers", metavar="N", type=_workers, default="0", help="run in N processes, or auto")
+    add("-o", "--output", metavar="DIR", type=Path, help=f"write {', '.join(FILES)} and junit.xml into DIR")
+    for each in OPTIONS:
+        add(each.flag, metavar=each.metavar, help=f"{each.help} [{each.variable}]")
+    add("--no-isolation", action="store_true", help="run cases in one process, for a debugger")
+    add("--version", action="version", version=f"{PROGRAM} {__version__}")
+    return result
+
+
+def _workers(text: str) -> str:
+    if text == "auto" or text.isdecimal():
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    passed: list[str] = []
+    if "--" in arguments:
+        split = arguments.index("--")
+        arguments, passed = arguments[:split], arguments[split + 1 :]
+    line = parser()
+    args = line.parse_args(arguments)
+    try:
+        for each in OPTIONS:
+            each.value(getattr(args, each.name))
+        if args.output and not args.list:
+            _make_writable(args.output)
+    except (OSError, ValueError) as error:
+        line.error(str(error))
+    return _run(args, passed)
+
+
+def _make_writable(folder: Path) -> None:
+    """Make a folder for the reports, without those of an earlier run; raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (*FILES, "junit.xml"):
+        (folder / name).write_text("")
+        (folder / name).unlink()
+
+
+def _run(args: argparse.Namespace, passed: list[str]) -> int:
+    """Run pytest in this process and translate its end."""
+    # Somebody else's pytest configuration must not change what is tested.
+    for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS"):
+        os.environ.pop(name, None)
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    # Whoever talks to pytest reads its output on stderr; else it is kept, in case that pytest gives up.
+    quiet = not passed and not args.no_isolation
+    output = os.memfd_create("pytest-output") if quiet else os.dup(2)
+    sys.stdout.flush()
+    ktap_fd = os.dup(1)  # not inherited by other programs
+    os.dup2(output, 1)
+    witness = _Witness()
+    try:
+        status = pytest.main([*_pytest_arguments(args, passed, ktap_fd), *passed], plugins=[witness])
+        sys.stdout.flush()
+    finally:
+        os.dup2(ktap_fd, 1)
+    code, message = _judge(int(status), witness, args)
+    if message:
+        sys.stderr.write(f"{PROGRAM}: {message}\n")
+    if quiet and code == EXIT_FAILED and witness.broken:
+        sys.stderr.write(_tail(output))
+    return code
+
+
+def _pytest_arguments(args: argparse.Namespace, passed: list[str], ktap_fd: int) -> Iterator[str]:
+    """Say it in pytest's words."""
+    yield from ("-c", os.devnull, f"--rootdir={PACKAGE.parent}", f"--confcutdir={CASES}")
+    yield from ("-p", "uffd_selftests.harness.plugin", f"--ktap-fd={ktap_fd}")
+    for each in OPTIONS:
+        if (value := getattr(args, each.name)) is not None:
+            yield f"{each.flag}={value}"
+    yield from (f"--filter={part}" for part in args.filter)
+    if args.keyword is not None:
+        yield from ("-k", args.keyword)
+    if args.no_isolation:
+        yield "--no-isolation"
+    if args.list:
+        yield "--collect-only"
+    elif args.workers != "0":
+        yield from ("-p", "xdist.plugin", "-n", args.workers, "--dist", "worksteal")
+    if args.output and not args.list:
+        folder = args.output.resolve()
+        yield from (f"--report-dir={folder}", f"--junitxml={folder / 'junit.xml'}")
+    if not passed:
+        yield from ("-p", "no:cacheprovider", "--progress")
+    if not any(_is_path(argument) for argument in passed):
+        yield str(CASES)
+
+
+def _is_path(argument: str) -> bool:
+    """Whether an argument for pytest names tests to run: a path, perhaps with ``::test`` behind it."""
+    return not argument.startswith("-") and Path(argument.partition("::")[0]).exists()
+
+
+class _Witness:
+    """A pytest plugin that remembers what main needs to know afterwards."""
+
+    def __init__(self) -> None:
+        self.config: pytest.Config | None = None
+        self.broken = ""
+        """Why pytest itself could not go on."""
+
+    @pytest.hookimpl
+    def pytest_configure(self, config: pytest.Config) -> None:
+        """Keep the configuration, and with it what the harness left there."""
+        self.config = config
+
+    @pytest.hookimpl
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Remember that cases cannot be collected."""
+        if report.failed:
+            self.broken = self.broken or f"cannot collect {report.nodeid}"
+
+    @pytest.hookimpl
+    def pytest_internalerror(self, excrepr: object) -> None:
+        """Remember a defect of pytest or of the harness."""
+        self.broken = self.broken or f"internal error: {str(excrepr).strip().splitlines()[-1]}"
+
+
+def _judge(status: int, witness: _Witness, args: argparse.Namespace) -> tuple[int, str]:
+    """Return the exit code for pytest's, and a message if the code alone does not say enough."""
+    from uffd_selftests.harness.plugin import REPORTER, SIGNALS  # noqa: PLC0415  # loaded by pytest, who rewrites it
+
+    stash = witness.config.stash if witness.config else pytest.Stash()
+    if SIGNALS in stash and (number := stash[SIGNALS].number):
+        return 128 + number, ""
+    if status == pytest.ExitCode.USAGE_ERROR:
+        return EXIT_USAGE, ""  # pytest has said on stderr what is wrong
+    if witness.broken:
+        return EXIT_FAILED, witness.broken
+    if status == pytest.ExitCode.NO_TESTS_COLLECTED:
+        return EXIT_USAGE, "nothing matches the given " + " and ".join(_selection(args))
+    if status != pytest.ExitCode.OK:
+        return EXIT_FAILED, ""
+    if REPORTER in stash and set(stash[REPORTER].totals) <= {"skip"}:
+        return EXIT_NOTHING, "nothing could be tested: all results were skipped"
+    return EXIT_OK, ""
+
+
+def _selection(args: argparse.Namespace) -> list[str]:
+    """Return the options that chose what to run."""
+    chosen = [f"-f {part}" for part in args.filter]
+    if args.keyword is not None:
+        chosen.append(f"-k {args.keyword}")
+    return chosen or ["path"]
+
+
+def _tail(output: int) -> str:
+    """Return the last lines that pytest wrote."""
+    lines = os.pread(output, os.fstat(output).st_size, 0).decode(errors="replace").splitlines(keepends=True)
+    return "".join(lines[-OUTPUT_TAIL:])
