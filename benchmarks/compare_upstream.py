@@ -242,7 +242,7 @@ def contenders(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str,
     """Return our command lines, restricted to upstream's results, by their labels."""
     command = shlex.split(arguments.ours)
     for name in names:
-        command += ["-f", name]
+        command += ["-f", name if " on " in name else name.partition(" (")[0]]
     found = {"ours": command}
     if arguments.workers:
         found[f"ours -n {arguments.workers}"] = [*command, "-n", str(arguments.workers)]

@@ -106,10 +106,10 @@ def test_death_within_a_case(upstream: ModuleType) -> None:
 
 
 def compare(tmp_path: Path, theirs: str, ours: str) -> subprocess.CompletedProcess[str]:
-    """Compare two programs that print what is given."""
+    """Compare two programs that print what is given; the arguments of the last run are in the file arguments."""
     program = tmp_path / "uffd-unit-tests"
     for path, output in ((program, theirs), (tmp_path / "ours", ours)):
-        path.write_text(f"#!/bin/sh\ncat <<'EOF'\n{output}EOF\n")
+        path.write_text(f"#!/bin/sh\ncat <<'EOF'\n{output}EOF\nprintf '%s\\n' "$@" >{tmp_path}/arguments\n")
         path.chmod(0o755)
     command = [sys.executable, str(BENCHMARKS / "compare_upstream.py"), "--rounds", "1", "--workers", "2"]
     command += ["--build-dir", str(tmp_path), "--ours", str(tmp_path / "ours")]
@@ -123,6 +123,14 @@ def test_same_verdicts(tmp_path: Path) -> None:
     assert "verdicts: all the same" in result.stdout
     assert "only ours, and in our time: unregister-wakes on anon" in result.stdout
     assert [line.split("  ")[0] for line in result.stdout.splitlines()[-3:]] == ["upstream", "ours", "ours -n 2"]
+
+
+def test_selection(tmp_path: Path) -> None:
+    """Ours is told to run what upstream has: by result, or by case where the result has no memory type."""
+    compare(tmp_path, LINES, OURS)
+    names = ["UFFDIO_API", "UFFDIO_API", "zeropage on anon", "wp-fork-pin on shmem", "poison on hugetlb-private"]
+    expected = [argument for name in names for argument in ("-f", name)] + ["-n", "2"]
+    assert (tmp_path / "arguments").read_text().splitlines() == expected
 
 
 @pytest.mark.parametrize(
