@@ -7,6 +7,7 @@ Exit codes: 0 nothing failed, 1 something failed, 2 usage error, 4 nothing could
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 
 from uffd_selftests import __version__
 from uffd_selftests.harness.reporter import FILES
-from uffd_selftests.harness.settings import OPTIONS
+from uffd_selftests.harness.settings import OPTIONS, check_keyword
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -36,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Complain and leave."""
-        self.exit(EXIT_USAGE, f"{PROGRAM}: {message} (--help shows the options)\n")
+        self.exit(EXIT_USAGE, f"{PROGRAM}: {message}; --help shows the options\n")
 
 
 def parser() -> Parser:
@@ -72,24 +73,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--" in arguments:
         split = arguments.index("--")
         arguments, passed = arguments[:split], arguments[split + 1 :]
-    line = parser()
-    args = line.parse_args(arguments)
+    args = parser().parse_args(arguments)
     try:
         for each in OPTIONS:
             each.value(getattr(args, each.name))
+        check_keyword(args.keyword or "")
         if args.output and not args.list:
-            _make_writable(args.output)
-    except (OSError, ValueError) as error:
-        line.error(str(error))
+            _make_ready(args.output)
+    except ValueError as error:
+        sys.stderr.write(f"{PROGRAM}: {error}\n")
+        return EXIT_USAGE
     return _run(args, passed)
 
 
-def _make_writable(folder: Path) -> None:
-    """Make a folder for the reports, without those of an earlier run; raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (*FILES, "junit.xml"):
-        (folder / name).write_text("")
-        (folder / name).unlink()
+def _make_ready(folder: Path) -> None:
+    """Make a folder for the reports, without those of an earlier run; raises ValueError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (*FILES, "junit.xml"):
+            (folder / name).write_text("")
+            (folder / name).unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write into {folder}: {errno.errorcode.get(error.errno or 0, error)}") from None
 
 
 def _run(args: argparse.Namespace, passed: list[str]) -> int:

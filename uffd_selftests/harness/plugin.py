@@ -123,22 +123,32 @@ def _matches(item: pytest.Item, part: str) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Make the plan: list it, begin with it, or hand it to xdist's controller."""
-    config = session.config
-    settings = config.stash[SETTINGS]
-    plan = [Planned.of(item, settings.area_bytes) for item in session.items]
-    error = _name_clash(plan)
-    workerinput = getattr(config, "workerinput", None)
+    """Hand the plan of an xdist worker in, before xdist reports that the worker has collected."""
+    workerinput = getattr(session.config, "workerinput", None)
     if workerinput is not None:
-        hand_in(Path(json.loads(workerinput["uffd"])["folder"]), workerinput["workerid"], plan, error)
-    elif error:
+        plan = _plan(session)
+        hand_in(Path(json.loads(workerinput["uffd"])["folder"]), workerinput["workerid"], plan, _name_clash(plan))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Begin with the plan, or list it; xdist's controller has collected nothing, and its workers have handed it in."""
+    config = session.config
+    if hasattr(config, "workerinput") or config.getoption("dist", "no") != "no":
+        return
+    plan = _plan(session)
+    if error := _name_clash(plan):
         raise pytest.UsageError(error)
-    elif config.option.collectonly:
-        if settings.ktap_fd is not None:
-            with open(settings.ktap_fd, "w", closefd=False) as listing:
-                listing.writelines(f"{planned.name}\n" for planned in plan)
-    elif config.getoption("dist", "no") == "no" and any(declaration(item)[0] for item in session.items):
-        config.stash[STEWARD].begin(plan)
+    if not config.option.collectonly:
+        if any(declaration(item)[0] for item in session.items):
+            config.stash[STEWARD].begin(plan)
+    elif (fd := config.stash[SETTINGS].ktap_fd) is not None:
+        with open(fd, "w", closefd=False) as listing:
+            listing.writelines(f"{planned.name}\n" for planned in plan)
+
+
+def _plan(session: pytest.Session) -> list[Planned]:
+    return [Planned.of(item, session.config.stash[SETTINGS].area_bytes) for item in session.items]
 
 
 def _name_clash(plan: list[Planned]) -> str:

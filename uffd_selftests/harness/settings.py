@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable
@@ -11,26 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _pytest.mark.expression import Expression
 
 from uffd_selftests.harness import gating
 
 Parse = Callable[[str], Any]
 
 
-def seconds(text: str) -> float:
-    """Read a positive number of seconds, or a positive factor; raises ValueError."""
-    value = float(text)
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{text} is not a positive number")
-    return value
+def positive(text: str) -> float:
+    """Read a positive number; raises ValueError."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise ValueError(f"{text!r} is not a positive number")
 
 
-def mebibytes(text: str) -> int:
-    """Read a positive whole number of MiB; raises ValueError."""
-    value = int(text)
-    if value <= 0:
-        raise ValueError(f"{text} is not a positive number")
-    return value
+def positive_int(text: str) -> int:
+    """Read a positive whole number; raises ValueError."""
+    if not text.isdecimal() or not int(text):
+        raise ValueError(f"{text!r} is not a positive whole number")
+    return int(text)
 
 
 @dataclass(frozen=True)
@@ -52,18 +53,16 @@ class Option:
     def value(self, given: str | None) -> Any:
         """Return what counts: the given text, else that of the environment, else the default; raises ValueError."""
         text = given if given is not None else os.environ.get(self.variable) or self.default
-        source = self.flag if given is not None else self.variable
         try:
             return self.parse(text)
         except ValueError as error:
-            reason = str(error) if "invalid literal" not in str(error) and "convert" not in str(error) else repr(text)
-            raise ValueError(f"{source}: {reason}") from None
+            raise ValueError(f"{self.flag if given is not None else self.variable}: {error}") from None
 
 
 OPTIONS = (
-    Option("--deadline", "SECONDS", "UFFD_DEADLINE", "30", seconds, "kill a case after SECONDS (30)"),
-    Option("--deadline-scale", "FACTOR", "UFFD_DEADLINE_SCALE", "1", seconds, "multiply all deadlines, for emulators"),
-    Option("--area-mib", "MIB", "UFFD_AREA_MIB", "32", mebibytes, "size of a case's source and destination (32)"),
+    Option("--deadline", "SECONDS", "UFFD_DEADLINE", "30", positive, "kill a case after SECONDS (30)"),
+    Option("--deadline-scale", "FACTOR", "UFFD_DEADLINE_SCALE", "1", positive, "multiply all deadlines, for emulators"),
+    Option("--area-mib", "MIB", "UFFD_AREA_MIB", "32", positive_int, "size of a case's source and destination (32)"),
     Option(
         "--require", "NAME,...", "UFFD_REQUIRE", "", gating.parse_requirements,
         "skips for lack of these features (wp, minor-shmem) or requirements (device) are failures",
@@ -94,6 +93,7 @@ class Settings:
         """Return the settings of a pytest run; raises pytest.UsageError."""
         option = config.option
         try:
+            check_keyword(option.keyword)
             values = {each.name: each.value(getattr(option, each.name)) for each in OPTIONS}
         except ValueError as error:
             raise pytest.UsageError(str(error)) from None
@@ -120,6 +120,14 @@ class Settings:
             "filters": list(self.filters),
             "isolation": self.isolate,
         }
+
+
+def check_keyword(expression: str) -> None:
+    """Refuse a bad -k with a ValueError, before xdist's workers find out."""
+    try:
+        Expression.compile(expression)
+    except Exception as error:  # its type depends on pytest's version
+        raise ValueError(f"-k {expression!r}: {getattr(error, 'msg', error)}") from None
 
 
 def add_options(parser: pytest.Parser) -> None:
