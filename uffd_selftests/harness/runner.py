@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -171,10 +172,20 @@ def _perform(item: pytest.Item, send: Send) -> None:
     # Subtests report through the same hook.
     for relay in (item.config.hook, item.ihook):
         setattr(relay, "pytest_runtest_logreport", forward)  # noqa: B010  # mypy knows no hook by name
+    case, _, _ = declaration(item)
+    if case and not case.smp:
+        _stay_on_one_cpu()
     runtestprotocol(item, log=True, nextitem=None)
     if not failed:  # the traceback of a failure keeps its frames alive, and what they hold
         for fd in proc.userfaultfds():
             send(Leak(f"userfaultfd {fd} is open"))
+
+
+def _stay_on_one_cpu() -> None:
+    """Keep this process on a CPU of its own, as far as there are enough for all workers: see Case.smp."""
+    cpus = sorted(os.sched_getaffinity(0), reverse=True)
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    os.sched_setaffinity(0, {cpus[worker % len(cpus)]})
 
 
 def _reports(item: pytest.Item, ending: Ending) -> list[pytest.TestReport]:
