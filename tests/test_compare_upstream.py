@@ -109,7 +109,8 @@ def compare(tmp_path: Path, theirs: str, ours: str) -> subprocess.CompletedProce
     """Compare two programs that print what is given; the arguments of the last run are in the file arguments."""
     program = tmp_path / "uffd-unit-tests"
     for path, output in ((program, theirs), (tmp_path / "ours", ours)):
-        path.write_text(f"#!/bin/sh\ncat <<'EOF'\n{output}EOF\nprintf '%s\\n' "$@" >{tmp_path}/arguments\n")
+        script = f"cat <<'EOF'\n{output}EOF\nprintf '%s\\n' \"$@\" >'{tmp_path}/arguments'\n"
+        path.write_text(f"#!/bin/sh\n{script}")
         path.chmod(0o755)
     command = [sys.executable, str(BENCHMARKS / "compare_upstream.py"), "--rounds", "1", "--workers", "2"]
     command += ["--build-dir", str(tmp_path), "--ours", str(tmp_path / "ours")]
