@@ -53,6 +53,7 @@ def parser() -> Parser:
     add("-k", dest="keyword", metavar="EXPR", help="only results that pytest's -k would choose: 'move and not hugetlb'")
     add("-n", dest="workers", metavar="N", type=_workers, default="0", help="run in N processes, or auto")
     add("-o", "--output", metavar="DIR", type=Path, help=f"write {', '.join(FILES)} and junit.xml into DIR")
+    add("--documented-only", action="store_true", help="leave out what only the kernel's source promises")
     for each in OPTIONS:
         add(each.flag, metavar=each.metavar, help=f"{each.help} [{each.variable}]")
     add("--no-isolation", action="store_true", help="run cases in one process, for a debugger")
@@ -133,6 +134,8 @@ def _pytest_arguments(args: argparse.Namespace, passed: list[str], ktap_fd: int)
     yield from (f"--filter={part}" for part in args.filter)
     if args.keyword is not None:
         yield from ("-k", args.keyword)
+    if args.documented_only:
+        yield "--documented-only"
     if args.no_isolation:
         yield "--no-isolation"
     if args.list:
@@ -203,6 +206,8 @@ def _selection(args: argparse.Namespace) -> list[str]:
     chosen = [f"-f {part}" for part in args.filter]
     if args.keyword is not None:
         chosen.append(f"-k {args.keyword}")
+    if args.documented_only:
+        chosen.append("--documented-only")
     return chosen or ["path"]
 
 

@@ -58,7 +58,7 @@ MAGIC = b"uffd"
 _prctl = ctypes.CDLL(None).prctl
 
 
-class Kind(Enum):
+class How(Enum):
     """How a child came to its end."""
 
     DONE = auto()
@@ -70,7 +70,7 @@ class Kind(Enum):
 class Ending:
     """What is known when the child is gone."""
 
-    kind: Kind
+    how: How
     reason: str
     """"30 seconds" of a timeout; of an error a clause like "killed by SIGSEGV"; else empty."""
     records: list[object]
@@ -138,10 +138,10 @@ class Isolator:
         seconds = time.monotonic() - started
         records, problem = child.verdict()
         if hang is not None:
-            return Ending(Kind.TIMEOUT, f"{deadline:g} seconds", records, hang + child.traceback, leftovers, seconds)
+            return Ending(How.TIMEOUT, f"{deadline:g} seconds", records, hang + child.traceback, leftovers, seconds)
         if problem:
-            return Ending(Kind.ERROR, problem, records, child.traceback, leftovers, seconds)
-        return Ending(Kind.DONE, "", records, [], leftovers, seconds)
+            return Ending(How.ERROR, problem, records, child.traceback, leftovers, seconds)
+        return Ending(How.DONE, "", records, [], leftovers, seconds)
 
     def _fork(self, work: Work, deadline: float) -> _Child:
         reports, sink = os.pipe()  # both are close-on-exec

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from uffd_selftests import kernel
-from uffd_selftests.case import ATTRIBUTE, Case
+from uffd_selftests.case import ATTRIBUTE, Case, Kind
 from uffd_selftests.harness.gating import area_pages
 from uffd_selftests.harness.interrupts import Signals
 from uffd_selftests.harness.reporter import Reporter
@@ -58,7 +58,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def _be_worker(config: pytest.Config, settings: Settings, given: dict[str, Any]) -> None:
     facts = kernel.Facts.from_dict(given["facts"])
     turns = Path(given["folder"]) / TURNS
-    _register(config, Runner(settings, facts, turns=turns, health=None, guarded=()))
+    number = int(config.workerinput["workerid"].removeprefix("gw"))  # type: ignore[attr-defined]
+    _register(config, Runner(settings, facts, turns=turns, cpu=number))
 
 
 def _be_first(config: pytest.Config, settings: Settings, signals: Signals) -> None:
@@ -70,7 +71,7 @@ def _be_first(config: pytest.Config, settings: Settings, signals: Signals) -> No
     _register(config, steward)
     if config.getoption("dist", "no") == "no":
         guarded = reporter.descriptors if reporter else ()
-        _register(config, Runner(settings, steward.facts, turns=None, health=steward.health, guarded=guarded))
+        _register(config, Runner(settings, steward.facts, health=steward.health, guarded=guarded))
 
 
 def _register(config: pytest.Config, part: Reporter | Steward | Runner) -> None:
@@ -97,28 +98,31 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Let -k find a case by the name that reports give it."""
+    """Let -k find a case by the name that reports give it, and expect a known defect to show."""
     case, variant, mem = declaration(item)
     if case:
         item.extra_keyword_matches.update((case.name, case.result_name(variant, mem)))
+    if case and case.defect:
+        reason = f"{case.defect.id}: {case.defect.summary}"
+        item.add_marker(pytest.mark.xfail(raises=AssertionError, reason=reason, strict=False))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep what --filter wants."""
+    """Keep what --filter and --documented-only leave."""
     settings = config.stash[SETTINGS]
-    if settings.filters:
-        wanted = [item for item in items if any(_matches(item, part) for part in settings.filters)]
-        if unwanted := [item for item in items if item not in wanted]:
-            config.hook.pytest_deselected(items=unwanted)
-            items[:] = wanted
+    wanted = [item for item in items if _wanted(item, settings)]
+    if len(wanted) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if not _wanted(item, settings)])
+        items[:] = wanted
 
 
-def _matches(item: pytest.Item, part: str) -> bool:
-    """Whether a filter wants a test: it is part of the case's name or, with " on " in it, of the result's."""
+def _wanted(item: pytest.Item, settings: Settings) -> bool:
+    """Whether the options leave a test: a filter is part of the case's name or, with " on " in it, of the result's."""
     case, variant, mem = declaration(item)
-    if not case:
-        return part in item.nodeid
-    return part in (case.result_name(variant, mem) if " on " in part else case.name)
+    if case and settings.documented_only and case.kind is Kind.DETAIL:
+        return False
+    short, full = (case.name, case.result_name(variant, mem)) if case else (item.nodeid, item.nodeid)
+    return not settings.filters or any(part in (full if " on " in part else short) for part in settings.filters)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -10,7 +10,9 @@ results.json
     "exitstatus": pytest's, "options": {...}, "versions": {...}}``. Each result has ``name`` (unique), ``outcome``
     (pass, fail, xfail, xpass, skip, error, timeout), ``reason`` (string, may be empty), ``seconds`` (float),
     ``diagnostics`` (lines), ``nodeid``, ``case``, ``variant`` and ``mem`` (string or null), ``promise``, ``rows``
-    (promises of docs/contract.md) and ``hugepages`` (how many it takes). Results are in the order in which they came.
+    (promises of docs/contract.md), ``kind`` (promise, detail, version; empty for what is no case), ``defect`` (null, or
+    ``id``, ``summary``, ``kernels``, ``advice``) and ``hugepages`` (how many it takes). Results are in the order in
+    which they came.
 environment.json
     ``{"facts": what was probed, "changed": {"hugepages": {...} or null}, "kernel_log": "" or why it is unreadable,
     "tainted": letters}``.

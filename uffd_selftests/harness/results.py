@@ -36,6 +36,10 @@ class Planned:
     """The first sentence of the docstring: what the kernel promises."""
     rows: tuple[str, ...] = ()
     """The promises of docs/contract.md that it checks."""
+    kind: str = ""
+    """What stands behind the case: promise, detail or version."""
+    defect: dict[str, str] | None = None
+    """The known defect of kernels (id, summary, kernels, advice) that makes it an expected failure."""
     hugepages: int = 0
     """Huge pages of the default size that it takes."""
 
@@ -54,6 +58,8 @@ class Planned:
             mem.name if mem else None,
             promise,
             case.rows,
+            case.kind.value,
+            dataclasses.asdict(case.defect) if case.defect else None,
             hugepages_needed(case, mem, area_bytes),
         )
 

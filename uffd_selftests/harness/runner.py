@@ -13,7 +13,7 @@ import pytest
 from _pytest.runner import runtestprotocol
 
 from uffd_selftests.harness import gating, proc
-from uffd_selftests.harness.isolation import Ending, Isolator, Kind, Send
+from uffd_selftests.harness.isolation import Ending, How, Isolator, Send
 from uffd_selftests.harness.results import declaration
 from uffd_selftests.machine import hugepages, lack_of_hugepages
 
@@ -48,9 +48,10 @@ class Runner:
         settings: Settings,
         facts: Facts,
         *,
-        turns: Path | None,
-        health: KernelHealth | None,
-        guarded: Iterable[int],
+        turns: Path | None = None,
+        health: KernelHealth | None = None,
+        guarded: Iterable[int] = (),
+        cpu: int = 0,
     ) -> None:
         self._settings = settings
         self._facts = facts
@@ -59,6 +60,9 @@ class Runner:
         self._health = health
         """Set if nobody else runs cases now, so that what the kernel says and loses is the doing of the case."""
         self._guarded = list(guarded)
+        cpus = sorted(os.sched_getaffinity(0))
+        self._cpu = cpus[cpu % len(cpus)]
+        """Where cases run that want a single CPU; another one for each worker."""
         self._isolator: Isolator | None = None
 
     def close(self) -> None:
@@ -126,7 +130,7 @@ class Runner:
             for fd in self._guarded:
                 self._isolator.guard(fd)
         pages_before = self._pages_in_use()
-        ending = self._isolator.run(lambda send: _perform(item, send), deadline=self._settings.deadline)
+        ending = self._isolator.run(lambda send: self._perform(item, send), deadline=self._settings.deadline)
         reports = _reports(item, ending)
         left = [record.line for record in ending.records if isinstance(record, Leak)] + ending.leftovers
         left += self._pages_lost(pages_before)
@@ -135,6 +139,27 @@ class Runner:
         if self._health and (complaints := self._health.complaints()):
             _fail_late(item, reports, "the kernel complained", complaints)
         return reports
+
+    def _perform(self, item: pytest.Item, send: Send) -> None:
+        """Run a test in the child and send its reports one by one, so that a later crash does not take them along."""
+        failed = False
+
+        def forward(*, report: pytest.TestReport) -> None:
+            nonlocal failed
+            failed |= report.failed
+            send(item.config.hook.pytest_report_to_serializable(config=item.config, report=report))
+
+        # Nobody in the child may hear of the reports: not the terminal, not the files, above all not xdist's channel.
+        # Subtests report through the same hook.
+        for relay in (item.config.hook, item.ihook):
+            setattr(relay, "pytest_runtest_logreport", forward)  # noqa: B010  # mypy knows no hook by name
+        case, _, _ = declaration(item)
+        if case and not case.smp:
+            os.sched_setaffinity(0, {self._cpu})
+        runtestprotocol(item, log=True, nextitem=None)
+        if not failed:  # the traceback of a failure keeps its frames alive, and what they hold
+            for fd in proc.userfaultfds():
+                send(Leak(f"userfaultfd {fd} is open"))
 
     def _pages_in_use(self) -> tuple[int, int]:
         """Return how many huge pages are in use and how many are promised, if nobody else here changes that."""
@@ -159,44 +184,15 @@ class Runner:
         return [f"{count} {what}" for what, count in lines.items() if count > 0]
 
 
-def _perform(item: pytest.Item, send: Send) -> None:
-    """Run a test in the child and send its reports one by one, so that a later crash does not take them along."""
-    failed = False
-
-    def forward(*, report: pytest.TestReport) -> None:
-        nonlocal failed
-        failed |= report.failed
-        send(item.config.hook.pytest_report_to_serializable(config=item.config, report=report))
-
-    # Nobody in the child may hear of the reports: not the terminal, not the files, above all not xdist's channel.
-    # Subtests report through the same hook.
-    for relay in (item.config.hook, item.ihook):
-        setattr(relay, "pytest_runtest_logreport", forward)  # noqa: B010  # mypy knows no hook by name
-    case, _, _ = declaration(item)
-    if case and not case.smp:
-        _stay_on_one_cpu()
-    runtestprotocol(item, log=True, nextitem=None)
-    if not failed:  # the traceback of a failure keeps its frames alive, and what they hold
-        for fd in proc.userfaultfds():
-            send(Leak(f"userfaultfd {fd} is open"))
-
-
-def _stay_on_one_cpu() -> None:
-    """Keep this process on a CPU of its own, as far as there are enough for all workers: see Case.smp."""
-    cpus = sorted(os.sched_getaffinity(0), reverse=True)
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    os.sched_setaffinity(0, {cpus[worker % len(cpus)]})
-
-
 def _reports(item: pytest.Item, ending: Ending) -> list[pytest.TestReport]:
     """Return pytest's reports of a child, with one more if it did not come to a good end."""
     unpack = item.config.hook.pytest_report_from_serializable
     reports = [unpack(config=item.config, data=data) for data in ending.records if isinstance(data, dict)]
-    if ending.kind is Kind.DONE and not ending.leftovers:
+    if ending.how is How.DONE and not ending.leftovers:
         return reports
     sections = _captured(item)
-    if ending.kind is not Kind.DONE:
-        word = ending.kind.name
+    if ending.how is not How.DONE:
+        word = ending.how.name
         text = "\n".join([f"{word} {ending.reason}", *ending.evidence])
         verdict = {"outcome": word.lower(), "reason": ending.reason, "evidence": ending.evidence}
         reports.append(_failure(item, reports, text, sections=sections, duration=ending.seconds, uffd=verdict))

@@ -81,6 +81,7 @@ class Settings:
     """Size of the source and of the destination area of a case that names no number of pages."""
     require: frozenset[str]
     filters: tuple[str, ...]
+    documented_only: bool
     isolate: bool
     isolate_all: bool
     """Isolate tests that declare no case, too."""
@@ -103,6 +104,7 @@ class Settings:
             values["area_mib"] << 20,
             values["require"],
             tuple(option.filter),
+            option.documented_only,
             option.isolation and not option.usepdb and not option.trace,
             option.isolate_all,
             option.ktap_fd,
@@ -118,6 +120,7 @@ class Settings:
             "area_bytes": self.area_bytes,
             "require": sorted(self.require),
             "filters": list(self.filters),
+            "documented_only": self.documented_only,
             "isolation": self.isolate,
         }
 
@@ -136,6 +139,7 @@ def add_options(parser: pytest.Parser) -> None:
     for each in OPTIONS:
         group.addoption(each.flag, metavar=each.metavar, help=f"{each.help} [{each.variable}]")
     group.addoption("--filter", action="append", default=[], metavar="SUBSTR", help="only cases whose name has SUBSTR")
+    group.addoption("--documented-only", action="store_true", help="leave out what only the kernel's source promises")
     group.addoption(
         "--no-isolation", action="store_false", dest="isolation", default=True,
         help="run cases in pytest's own process, for a debugger",
