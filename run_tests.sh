@@ -14,14 +14,16 @@ die() {
     exit 2
 }
 
-# Whether the environment is whole and was made from these sources; the built module, which other builds may replace,
-# counts as one of them.
+# What the environment was made from. The built module counts too: builds for other environments replace it.
+fingerprint() {
+    sources=$(cat "$here/pyproject.toml" "$native"/*.[ch] "$native"/*.py "$native"/*.so 2>/dev/null | cksum)
+    echo "$sources $(readlink -f "$venv/bin/python") $here"
+}
+
 fresh() {
     made='' made_with=''
     { read -r made && read -r made_with; } 2>/dev/null <"$stamp" || true
-    now=$(cat "$here/pyproject.toml" "$native"/*.[ch] "$native"/*.py "$native"/*.so 2>/dev/null | cksum)
-    now="$now $(readlink -f "$venv/bin/python") $here"
-    [ "$now" = "$made" ] && [ "${PYTHON:-$made_with}" = "$made_with" ] && [ -x "$venv/bin/python" ] &&
+    [ "$made" = "$(fingerprint)" ] && [ "${PYTHON:-$made_with}" = "$made_with" ] && [ -x "$venv/bin/python" ] &&
         { [ -z "$extra" ] || [ -e "$stamp.dev" ]; }
 }
 
@@ -33,8 +35,8 @@ check_interpreter() {
 import importlib.util as util, os, shutil, sysconfig
 compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
 header = os.path.join(sysconfig.get_path("include"), "Python.h")
-found = {"python3-venv": util.find_spec("ensurepip"), "python3-dev": os.path.exists(header), "gcc": shutil.which(compiler)}
-print(*[package for package in found if not found[package]])')
+got = {"python3-venv": util.find_spec("ensurepip"), "python3-dev": os.path.exists(header), "gcc": shutil.which(compiler)}
+print(*[package for package in got if not got[package]])')
     [ -z "$missing" ] || die "missing for the set-up with $python: apt-get install $missing"
 }
 
@@ -46,26 +48,37 @@ logged() { # STEP COMMAND...
     die "set-up: $step failed: ${why#*: } (log: $venv/setup.log)"
 }
 
+whole() {
+    [ -s "$stamp" ] && [ "${PYTHON:-$made_with}" = "$made_with" ] && "$venv/bin/python" -c 'import pip' 2>/dev/null
+}
+
+unfinished() {
+    { mkdir -p "$venv" && true >"$stamp" && true >"$venv/setup.log"; } 2>/dev/null ||
+        die "cannot write to $venv: name a folder in UFFD_VENV"
+}
+
 setup() {
-    echo "run_tests.sh: setting up $venv (once)" >&2
     [ -w "$native" ] || die "cannot write to $here: copy the project to a folder of yours"
     if [ -e "$venv" ] && [ ! -e "$stamp" ]; then
         rmdir "$venv" 2>/dev/null || die "$venv is not of this script's making: move it, or name another in UFFD_VENV"
     fi
-    if [ ! -s "$stamp" ] || [ "$python" != "$made_with" ] || ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
+    if whole; then
+        echo "run_tests.sh: updating $venv" >&2
+    else
         check_interpreter
         rm -rf "$venv"
-        { mkdir -p "$venv" && true >"$stamp"; } 2>/dev/null || die "cannot write to $venv: name a folder in UFFD_VENV"
+        unfinished
+        echo "run_tests.sh: setting up $venv (once)" >&2
         logged "python -m venv" "$python" -m venv "$venv"
+        made_with=$python
     fi
-    true >"$stamp" # empty: not whole
     [ ! -e "$stamp.dev" ] || extra='[dev]'
+    unfinished
     # The same as in pyproject.toml: a build without isolation can be repeated without network.
     logged pip "$venv/bin/python" -m pip install 'pip>=21.3' 'setuptools>=77' 'cffi>=1.16'
     logged pip "$venv/bin/python" -m pip install --no-build-isolation --editable "$here$extra"
     [ -z "$extra" ] || true >"$stamp.dev"
-    fresh || true
-    printf '%s\n' "$now" "$python" >"$stamp"
+    printf '%s\n' "$(fingerprint)" "$made_with" >"$stamp"
 }
 
 self=$0
@@ -88,6 +101,8 @@ if [ "$venv" = none ]; then
     for built in "$native"/*.so; do
         [ ! -e "$built" ] || export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
     done
+    "$python" -c 'import importlib.util as u, uffd_selftests.native; u.find_spec("pytest").name' 2>/dev/null ||
+        die "$python lacks uffd-selftests, cffi or pytest: do without UFFD_VENV=none"
     exec "$python" -m "$module" "$@"
 fi
 stamp=$venv/uffd-selftests.stamp
