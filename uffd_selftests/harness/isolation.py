@@ -47,8 +47,8 @@ TRACEBACK_SHARE = 0.9
 """The child writes its Python stacks down when this share of the deadline has passed."""
 MAX_TRACEBACK_LINES = 30
 MAX_LINE = 200
-FRAMES_BELOW = ("/_pytest/", "/pytest/", "/pluggy/", "/xdist/", "/execnet/", "/harness/", "<frozen", "Extension mod")
-"""Parts of the lines in Python's tracebacks that say nothing about the case."""
+MACHINERY = ("/_pytest/", "/pluggy/", "/uffd_selftests/harness/")
+"""Parts of the paths of what calls a case: the same in every stack."""
 MAX_REPORT_BYTES = 64 << 20
 
 HEADER = struct.Struct("=4sII")
@@ -78,7 +78,7 @@ class Ending:
     evidence: list[str]
     """Lines that say where it hung or crashed."""
     leftovers: list[str]
-    """The processes it left behind; they are gone now unless the line says otherwise."""
+    """The processes it left behind: when it is done, all, and they are killed; else those that could not be."""
     seconds: float
 
 
@@ -124,7 +124,8 @@ class Isolator:
         """
         started = time.monotonic()
         child = self._child = self._fork(work, deadline)
-        leftovers = []
+        leftovers: list[str] = []
+        immortal: list[str] = []
         hang = None
         try:
             if not child.wait(started + deadline):
@@ -132,16 +133,17 @@ class Isolator:
         finally:
             if not child.kill():
                 self._spared.add(child.pid)
-                leftovers.append(f"task {child.pid} cannot be killed and is left behind")
-            leftovers += self._clear_strays()
+                immortal.append(f"process {child.pid} cannot be killed")
+            for stray, died in self._clear_strays():
+                (leftovers if died else immortal).append(f"process {stray}" + ("" if died else " cannot be killed"))
             child.close()
         seconds = time.monotonic() - started
         records, problem = child.verdict()
         if hang is not None:
-            return Ending(How.TIMEOUT, f"{deadline:g} seconds", records, hang + child.traceback, leftovers, seconds)
+            return Ending(How.TIMEOUT, f"{deadline:g} seconds", records, hang + child.traceback, immortal, seconds)
         if problem:
-            return Ending(How.ERROR, problem, records, child.traceback, leftovers, seconds)
-        return Ending(How.DONE, "", records, [], leftovers, seconds)
+            return Ending(How.ERROR, problem, records, child.traceback, immortal, seconds)
+        return Ending(How.DONE, "", records, [], leftovers + immortal, seconds)
 
     def _fork(self, work: Work, deadline: float) -> _Child:
         reports, sink = os.pipe()  # both are close-on-exec
@@ -188,18 +190,17 @@ class Isolator:
             return []
         return [child for child in proc.children(os.getpid()).values() if child.pid not in self._spared]
 
-    def _clear_strays(self) -> list[str]:
-        """Kill the orphans of a child that is gone, and theirs; return a line for each."""
-        lines = []
+    def _clear_strays(self) -> list[tuple[proc.Process, bool]]:
+        """Kill the orphans of a child that is gone, and theirs; return each, and whether it died."""
+        found = []
         until = time.monotonic() + KILL_SECONDS
         while (strays := self._strays()) and time.monotonic() < until:  # they may fork faster than this can kill
             for stray in strays:
-                line = f"process {stray}"
-                if not _kill(stray.pid, until):
+                died = _kill(stray.pid, until)
+                found.append((stray, died))
+                if not died:
                     self._spared.add(stray.pid)
-                    line += " cannot be killed and is left behind"
-                lines.append(line)
-        return lines
+        return found
 
 
 @dataclass
@@ -316,7 +317,8 @@ def _perform(work: Work, sink: int, notes: int) -> None:
     try:
         work(lambda record: send(_Tag.RECORD, record))
     except BaseException as error:
-        os.write(notes, traceback.format_exc().encode())
+        stack = reversed(traceback.extract_tb(error.__traceback__))
+        os.write(notes, "".join(f'  File "{at.filename}", line {at.lineno} in {at.name}\n' for at in stack).encode())
         send(_Tag.RAISED, f"{type(error).__name__} left the case: {error}")
     else:
         send(_Tag.DONE, None)
@@ -404,10 +406,18 @@ def _talking_descriptors() -> list[int]:
 
 
 def _traceback_lines(text: bytes) -> list[str]:
-    """Drop from faulthandler's text the frames below the case, which are the same in every case."""
-    lines = [line.rstrip() for line in text.decode(errors="replace").splitlines()]
-    kept = [line for line in lines if line and not any(part in line for part in FRAMES_BELOW)]
-    return [line[:MAX_LINE] for line in kept[:MAX_TRACEBACK_LINES]]
+    """Return what faulthandler wrote without what is the same for every case: who called it, what is loaded."""
+    lines: list[str] = []
+    below = False
+    for line in text.decode(errors="replace").splitlines():
+        if not line.startswith("  File"):
+            below = False
+        below = below or any(part in line for part in MACHINERY)
+        if line.startswith("Timeout ("):
+            lines.append("Python stacks shortly before the deadline:")
+        elif line and not below and not line.startswith("Extension modules:"):
+            lines.append(line[:MAX_LINE])
+    return lines[:MAX_TRACEBACK_LINES]
 
 
 def _signal_name(number: int) -> str:

@@ -144,7 +144,7 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     if error := _name_clash(plan):
         raise pytest.UsageError(error)
     if not config.option.collectonly:
-        if any(declaration(item)[0] for item in session.items):
+        if REPORTER in config.stash or any(declaration(item)[0] for item in session.items):
             config.stash[STEWARD].begin(plan)
     elif (fd := config.stash[SETTINGS].ktap_fd) is not None:
         with open(fd, "w", closefd=False) as listing:

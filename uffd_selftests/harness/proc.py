@@ -14,6 +14,9 @@ from uffd_selftests.uapi import Feature
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+INITIALIZED = 1 << 31
+"""UFFD_FEATURE_INITIALIZED of fs/userfaultfd.c: UFFDIO_API was called. It is no feature."""
+
 USERFAULTFD_LINK = "anon_inode:[userfaultfd]"
 
 MAX_FRAMES = 10
@@ -99,11 +102,18 @@ def describe(members: list[Process]) -> list[str]:
     The most telling task comes first: one that sleeps in the kernel's userfaultfd code, else the first main thread.
     """
     tasks = [task for process in members for task in _tasks(process)]
-    tasks.sort(key=lambda line: "userfault" not in line)
+    tasks.sort(key=_dullness)
     lines = tasks[:MAX_TASKS]
     if len(tasks) > MAX_TASKS:
         lines.append(f"{len(tasks) - MAX_TASKS} more tasks")
     return lines + [line for process in members for line in _userfaultfd_lines(process.pid)]
+
+
+def _dullness(task: str) -> int:
+    """Rank what is said about a task: first those that wait for somebody to resolve a fault or to read an event."""
+    if "handle_userfault" in task or "userfaultfd_event_wait_completion" in task:
+        return 0
+    return 1 if "userfault" in task else 2
 
 
 def _tasks(process: Process) -> Iterator[str]:
@@ -140,7 +150,7 @@ def _userfaultfd_lines(pid: int) -> Iterator[str]:
         info = dict(re.findall(r"^(pending|total|API):\s*(\S+)", _read(f"/proc/{pid}/fdinfo/{fd}"), re.MULTILINE))
         line = f"userfaultfd {fd} of {pid}: pending {info.get('pending', '?')}, total {info.get('total', '?')}"
         if match := re.fullmatch(r"[0-9a-f]+:([0-9a-f]+):[0-9a-f]+", info.get("API", "")):
-            line += f", features {Feature(int(match[1], 16))}"
+            line += f", features {Feature(int(match[1], 16) & ~INITIALIZED)}"
         yield line
 
 

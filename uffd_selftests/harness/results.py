@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from uffd_selftests.mem_types import MemType
 
+MAX_LINE = 500
+"""How much of a line a diagnostic shows."""
 MAX_OUTPUT_LINES = 40
 """How much captured output a diagnostic shows: the last lines."""
 
@@ -123,7 +125,8 @@ def judge(planned: Planned, reports: Sequence[pytest.TestReport]) -> Result:
     outcome, reason = _outcome(reports)
     result = Result(planned, outcome, reason, seconds=sum(report.duration for report in reports))
     if outcome in ("fail", "error", "timeout"):
-        result.diagnostics = list(_diagnostics(planned, [report for report in reports if report.failed]))
+        failed = [report for report in reports if report.failed]
+        result.diagnostics = [line[:MAX_LINE] for part in _diagnostics(planned, failed) for line in part.splitlines()]
     return result
 
 
@@ -169,27 +172,21 @@ def _diagnostics(planned: Planned, failed: Sequence[pytest.TestReport]) -> Itera
 def _message(report: pytest.TestReport) -> Iterator[str]:
     """Say what was raised and where; a report of the harness has only its verdict, which is told elsewhere."""
     crash = getattr(report.longrepr, "reprcrash", None)
-    where = " (in the teardown)" if report.when == "teardown" else ""
     if crash is not None:
-        first, *more = crash.message.splitlines() or [""]
-        yield first + where
-        yield from more
+        yield f"{crash.message} (in the teardown)" if report.when == "teardown" else crash.message
         yield f"at {_place(report, crash)}"
     elif "outcome" not in verdict(report) and report.longrepr:
-        yield from str(report.longrepr).splitlines()
+        yield str(report.longrepr)
 
 
 def _place(report: pytest.TestReport, crash: Any) -> str:
     """Return the line of the case and, if that called something which failed, that line, too."""
-    path = report.location[0]
-    raised = f"{_short(crash.path)}:{crash.lineno}"
+    case = report.location[0]
     entries = getattr(getattr(report.longrepr, "reprtraceback", None), "reprentries", ())
     places = [entry.reprfileloc for entry in entries if getattr(entry, "reprfileloc", None)]
-    for place in reversed(places):
-        if place.path.endswith(path):
-            case = f"{_short(place.path)}:{place.lineno}"
-            return case if case == raised else f"{case}, in {raised}"
-    return raised
+    lines = [f"{case}:{place.lineno}" for place in places if place.path.endswith(case)][-1:]
+    raised = f"{case if crash.path.endswith(case) else _short(crash.path)}:{crash.lineno}"
+    return ", in ".join(dict.fromkeys([*lines, raised]))
 
 
 def _short(path: str) -> str:

@@ -201,7 +201,7 @@ def _reports(item: pytest.Item, ending: Ending) -> list[pytest.TestReport]:
 
 def _fail_late(item: pytest.Item, reports: list[pytest.TestReport], what: str, lines: list[str]) -> None:
     """Add a failure that shows only when a test is over; it takes the place of a teardown that went well."""
-    failure = _failure(item, reports, "\n".join([f"{what}:", *(f"  {line}" for line in lines)]))
+    failure = _failure(item, reports, f"{what}: " + "\n".join(lines))
     if reports and reports[-1].when == "teardown" and reports[-1].passed:
         failure.sections = reports.pop().sections
     reports.append(failure)
