@@ -208,6 +208,18 @@ def refuses(number: int, *, output: int | None = None) -> Iterator[None]:
         raise AssertionError(f"expected {errno_name(number)}; the call succeeded")
 
 
+@contextmanager
+def fails(number: int) -> Iterator[None]:
+    """Assert that the one system call in the block fails with this errno; for ioctls of a userfaultfd: refuses()."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != number:
+            raise AssertionError(f"expected {errno_name(number)}; got {error}") from None
+    else:
+        raise AssertionError(f"expected {errno_name(number)}; the call succeeded")
+
+
 def bad_ranges(good: Range) -> dict[str, Range]:
     """Ranges that every request must refuse with EINVAL (validate_range of the kernel), made from a good one."""
     return {
@@ -772,6 +784,19 @@ class Pagemap:
         if bool(entry & uapi.PM_UFFD_WP) != expected:
             state = "set" if expected else "clear"
             raise AssertionError(f"{when}: expected PM_UFFD_WP {state} in pagemap, got entry {entry:#018x}")
+
+
+def swap_out(where: Range) -> None:
+    """Have every page of a private mapping written to swap (MADV_PAGEOUT); Skip where the kernel keeps them."""
+
+    def swapped_out() -> bool:
+        advise(where, Advice.PAGEOUT)
+        return all(Pagemap.entry(address) & uapi.PM_SWAP for address in range(where.start, where.end, PAGE_SIZE))
+
+    try:
+        eventually(swapped_out, "pages to be swapped out")
+    except AssertionError:
+        raise Skip("MADV_PAGEOUT leaves the pages in memory: is the swap space full?") from None
 
 
 _PIN_LONGTERM_TEST_START = 0x4018_6707  # _IOW('g', 7, struct pin_longterm_test) of mm/gup_test.h

@@ -11,6 +11,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,13 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from uffd_selftests import memory, syscalls
-from uffd_selftests.common import DEADLINE, Fault, Uffd, eventually
+from uffd_selftests.common import DEADLINE, Fault, Removed, Uffd, eventually, expect
 from uffd_selftests.memory import Range
 from uffd_selftests.native import lib
-from uffd_selftests.uapi import PagefaultFlag
+from uffd_selftests.uapi import Feature, PagefaultFlag, RegisterMode
 
 NOBODY = 65534
 """User and group id without any privilege."""
+
+WCHAN_SHOWN = os.path.exists("/proc/kallsyms")
+"""Whether /proc/PID/wchan names the function in which a thread sleeps (CONFIG_KALLSYMS)."""
 
 
 class Waiter:
@@ -75,11 +79,33 @@ class Waiter:
         except OSError:
             return ""
 
+    @property
+    def asleep(self) -> bool:
+        """Whether the thread sleeps in the kernel, other than for the interpreter's lock."""
+        if not WCHAN_SHOWN:
+            return self.state in ("S", "D")
+        return self.wchan != "0" and "futex" not in self.wchan
+
     def expect_sleeping(self) -> None:
         """Wait until the thread sleeps in the kernel; AssertionError when it ends instead or runs on."""
-        eventually(lambda: self.done or self.state in ("S", "D"), "the thread to sleep")
+        eventually(lambda: self.done or self.asleep, "the thread to sleep")
         if self.done:
             raise AssertionError("expected the thread to sleep; its call has returned")
+
+    def expect_in_event(self) -> None:
+        """Wait until the thread waits for its event to be read: fork, mremap, madvise or munmap."""
+
+        def waits() -> bool:
+            return "userfaultfd" in self.wchan if WCHAN_SHOWN else self.state == "D"
+
+        eventually(lambda: self.done or waits(), "the thread to wait until its event is read")
+        if self.done:
+            raise AssertionError("expected the thread to wait until its event is read; its call has returned")
+
+    @property
+    def cpu_time(self) -> float:
+        """Seconds that the thread has run."""
+        return time.clock_gettime(time.pthread_getcpuclockid(self._thread.ident or 0))
 
     def signal(self, number: int) -> None:
         """Send a signal to the thread itself."""
@@ -87,7 +113,7 @@ class Waiter:
 
     @property
     def wchan(self) -> str:
-        """The kernel function in which the thread sleeps; "0" where it does not, or the kernel does not tell."""
+        """The kernel function in which the thread sleeps; "0" where it does not sleep, or not WCHAN_SHOWN."""
         try:
             return Path(f"/proc/self/task/{self.tid}/wchan").read_text()
         except OSError:
@@ -131,6 +157,42 @@ def faulting(
         elif not uffd.readable(DEADLINE):
             raise AssertionError(f"expected a page fault at {address:#x}; nothing came within {DEADLINE:g} seconds")
         yield waiter
+
+
+@contextmanager
+def handled(number: int, *, restart: bool = False) -> Iterator[list[int]]:
+    """Have a handler that only notes the signal, in the list that the block gets; ``restart`` is SA_RESTART.
+
+    The thread that the signal is sent to is interrupted; the note is made by the main thread, soon after.
+    """
+    notes: list[int] = []
+    previous = signal.signal(number, lambda signo, _: notes.append(signo))
+    signal.siginterrupt(number, not restart)
+    try:
+        yield notes
+    finally:
+        signal.signal(number, previous)
+
+
+def undisturbed(uffd: Uffd, call: Callable[[], object]) -> object:
+    """Make a call that may fault, but not in ``uffd``, and return its result; AssertionError when a message comes."""
+    with Waiter(call) as waiter:
+        eventually(lambda: waiter.done or uffd.readable(), "the call to return")
+        uffd.expect_no_message()
+        return waiter.result()
+
+
+@contextmanager
+def unread_event(uffd: Uffd, where: Range) -> Iterator[None]:
+    """Keep the handle waiting for its event to be read: a thread drops the range, with UFFD_FEATURE_EVENT_REMOVE.
+
+    At the end of the block the event is read, and must be that one.
+    """
+    with Waiter(lambda: memory.advise(where, memory.Advice.DONTNEED)):
+        if not uffd.readable(DEADLINE):
+            raise AssertionError(f"expected UFFD_EVENT_REMOVE; nothing came within {DEADLINE:g} seconds")
+        yield
+        expect(uffd.read(), [Removed(where.start, where.end)], "the event")
 
 
 class ChildError(AssertionError):
@@ -260,6 +322,22 @@ class Child:
             self.wait()
         else:
             self.kill()
+
+
+@contextmanager
+def orphaned(where: Range, mode: RegisterMode, features: Feature = Feature(0)) -> Iterator[Uffd]:
+    """Yield a handle whose address space is gone: a child registered the range there and has exited."""
+
+    def target(channel: Channel) -> None:
+        with Uffd.open(features) as uffd:
+            uffd.register(where, mode)
+            channel.send(None, uffd.fd)
+
+    with Child(target) as child:
+        _, (fd,) = child.receive_fds()
+        child.wait()
+    with Uffd(fd) as uffd:
+        yield uffd
 
 
 # ---- privileges, for a child that gives them up --------------------------------------------------------------------

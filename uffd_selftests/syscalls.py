@@ -15,7 +15,9 @@ _GENERIC = ("aarch64", "riscv64", "loongarch64")
 _NUMBERS = {
     "capget": (125, 90),
     "capset": (126, 91),
+    "clone": (56, 220),
     "close_range": (436, 436),
+    "exit": (60, 93),
     "futex": (202, 98),
     "io_destroy": (207, 1),
     "io_getevents": (208, 4),
@@ -40,6 +42,8 @@ _NUMBERS = {
     "read": (0, 63),
     "readv": (19, 65),
     "rt_sigprocmask": (14, 135),
+    "set_robust_list": (273, 99),
+    "set_tid_address": (218, 96),
     "shmat": (30, 196),
     "shmctl": (31, 195),
     "shmdt": (67, 197),
