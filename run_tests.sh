@@ -33,9 +33,9 @@ check_interpreter() {
         die "$python is older than 3.10: name a newer one: PYTHON=python3.12 ./run_tests.sh"
     missing=$("$python" -c '
 import importlib.util as util, os, shutil, sysconfig
-compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
+cc = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
 header = os.path.join(sysconfig.get_path("include"), "Python.h")
-got = {"python3-venv": util.find_spec("ensurepip"), "python3-dev": os.path.exists(header), "gcc": shutil.which(compiler)}
+got = {"python3-venv": util.find_spec("ensurepip"), "python3-dev": os.path.exists(header), "gcc": shutil.which(cc)}
 print(*[package for package in got if not got[package]])')
     [ -z "$missing" ] || die "missing for the set-up with $python: apt-get install $missing"
 }
@@ -69,14 +69,14 @@ setup() {
         rm -rf "$venv"
         unfinished
         echo "run_tests.sh: setting up $venv (once)" >&2
-        logged "python -m venv" "$python" -m venv "$venv"
+        logged "python -m venv" "$python" -I -m venv "$venv"
         made_with=$python
     fi
     [ ! -e "$stamp.dev" ] || extra='[dev]'
     unfinished
     # The same as in pyproject.toml: a build without isolation can be repeated without network.
-    logged pip "$venv/bin/python" -m pip install 'pip>=21.3' 'setuptools>=77' 'cffi>=1.16'
-    logged pip "$venv/bin/python" -m pip install --no-build-isolation --editable "$here$extra"
+    logged pip "$venv/bin/python" -I -m pip install 'pip>=21.3' 'setuptools>=77' 'cffi>=1.16'
+    logged pip "$venv/bin/python" -I -m pip install --no-build-isolation --editable "$here$extra"
     [ -z "$extra" ] || true >"$stamp.dev"
     printf '%s\n' "$(fingerprint)" "$made_with" >"$stamp"
 }
@@ -92,8 +92,9 @@ module=uffd_selftests extra=''
 if [ "${1-}" = --check ]; then
     module=uffd_selftests.check extra='[dev]'
     shift
+else
+    export PYTHONSAFEPATH=1
 fi
-export PYTHONSAFEPATH=1 # the current folder is nobody's business
 
 venv=${UFFD_VENV:-$here/.venv}
 case $venv in /* | none) ;; *) venv=$PWD/$venv ;; esac
@@ -107,4 +108,6 @@ if [ "$venv" = none ]; then
 fi
 stamp=$venv/uffd-selftests.stamp
 fresh || { flock 9 2>/dev/null || true; fresh || setup; } 9<"$here/pyproject.toml"
-exec "$venv/bin/python" -m "$module" "$@"
+# Modules in the current folder or in PYTHONPATH are not meant: neither here (-I) nor in the workers.
+unset PYTHONPATH
+exec "$venv/bin/python" -I -m "$module" "$@"

@@ -27,8 +27,8 @@ INTERPRETER = """#!/bin/sh
 # Writes its arguments down. A folder made by -m venv gets a copy of it; what is -c code goes to the real one.
 echo "$*" | head -n 1 >>"{log}"
 case "$*" in
-"-m venv "*) {venv}; mkdir "$3/bin" && cp "$0" "$3/bin/python" ;;
-"-m pip "*) {pip} ;;
+"-I -m venv "*) {venv}; mkdir "$4/bin" && cp "$0" "$4/bin/python" ;;
+"-I -m pip "*) {pip} ;;
 "-c "*) exec "{python}" "$@" ;;
 *)
     printf '%s\\n' "$$ in $PWD" "$@"
@@ -95,7 +95,7 @@ class Checkout:
         """Return how the interpreter was called since this was last asked: venv, pip, code or run."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         self.log.unlink(missing_ok=True)
-        modules = [line.split()[1] for line in lines if line.startswith("-m ")]
+        modules = [line.partition("-m ")[2].split()[0] for line in lines if "-m " in line]
         return ["run" if module.startswith("uffd_selftests") else module for module in modules]
 
 
@@ -138,7 +138,7 @@ def test_first_call(checkout: Checkout) -> None:
     result = checkout.run(*OPTIONS)
     assert checkout.calls() == ["venv", "pip", "pip", "run"]
     assert result.returncode == 7
-    assert result.stdout.splitlines()[1:] == ["-m", "uffd_selftests", *OPTIONS]
+    assert result.stdout.splitlines()[1:] == ["-I", "-m", "uffd_selftests", *OPTIONS]
     assert result.stderr == f"run_tests.sh: setting up {checkout.venv} (once)\n"
 
 
@@ -222,7 +222,7 @@ def test_check(ready: Checkout) -> None:
     result = ready.run("--check")
     assert f"--editable {ready.root}[dev]\n" in ready.log.read_text()
     assert ready.calls() == ["pip", "pip", "run"]
-    assert result.stdout.splitlines()[1:] == ["-m", "uffd_selftests.check"]
+    assert result.stdout.splitlines()[1:] == ["-I", "-m", "uffd_selftests.check"]
     for arguments in (["--check"], []):
         ready.run(*arguments)
         assert ready.calls() == ["run"]
@@ -384,7 +384,7 @@ def test_requirements_of_the_build() -> None:
 
 
 def test_real_setup(tmp_path: Path) -> None:
-    """A fresh copy in a folder with spaces sets itself up from the index and lists its results from anywhere."""
+    """A fresh copy in a folder with spaces sets itself up from the index, and runs from anywhere."""
     copy = tmp_path / "a fresh copy"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "*.so", "build", "*.egg-info", "__pycache__"))
     checkout = Checkout(copy)
@@ -393,9 +393,17 @@ def test_real_setup(tmp_path: Path) -> None:
         pytest.skip(f"no package index: {first.stderr.strip()}")
     assert (first.returncode, first.stderr) == (0, f"run_tests.sh: setting up {checkout.venv} (once)\n")
     assert "zeropage on anon\n" in first.stdout
-    made = {path: path.stat().st_mtime_ns for path in checkout.venv.rglob("*") if path.suffix != ".pyc"}
+    made = checkout.stamp.stat()
 
-    command, environment = [str(checkout.script), "-l"], checkout.environment(PYTHON=None)
-    second = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, check=True)
-    assert (second.stdout, second.stderr) == (first.stdout, "")
-    assert made == {path: path.stat().st_mtime_ns for path in made}
+    # Nor do modules in the current folder or in PYTHONPATH matter, not even to workers.
+    trap = tmp_path / "trap"
+    trap.mkdir()
+    for module in ("pytest", "queue", "uffd_selftests"):
+        (trap / f"{module}.py").write_text("raise SystemExit('trapped')\n")
+    environment = checkout.environment(PYTHON=None, PYTHONPATH=str(trap))
+    command = [str(checkout.script), "-n", "2", "-f", "UFFDIO_API"]
+    second = subprocess.run(command, cwd=trap, env=environment, capture_output=True, text=True, check=False)
+    assert second.returncode in (0, 4)
+    assert second.stderr == ""
+    assert "1..2\n" in second.stdout
+    assert made.st_mtime_ns == checkout.stamp.stat().st_mtime_ns
