@@ -408,16 +408,28 @@ def _talking_descriptors() -> list[int]:
 def _traceback_lines(text: bytes) -> list[str]:
     """Return what faulthandler wrote without what is the same for every case: who called it, what is loaded."""
     lines: list[str] = []
-    below = False
-    for line in text.decode(errors="replace").splitlines():
-        if not line.startswith("  File"):
-            below = False
-        below = below or any(part in line for part in MACHINERY)
+    stack: list[str] = []
+    for line in [*text.decode(errors="replace").splitlines(), ""]:
+        if line.startswith("  File"):
+            stack.append(line)
+            continue
+        lines += _above_machinery(stack)
+        stack = []
         if line.startswith("Timeout ("):
             lines.append("Python stacks shortly before the deadline:")
-        elif line and not below and not line.startswith("Extension modules:"):
-            lines.append(line[:MAX_LINE])
-    return lines[:MAX_TRACEBACK_LINES]
+        elif line and not line.startswith("Extension modules:"):
+            lines.append(line)
+    return [line[:MAX_LINE] for line in lines[:MAX_TRACEBACK_LINES]]
+
+
+def _above_machinery(stack: list[str]) -> list[str]:
+    """Return the frames of the case from a stack, innermost first; all when none is the case's."""
+    is_case = [not any(part in line for part in MACHINERY) for line in stack]
+    if True not in is_case:
+        return stack
+    first = is_case.index(True)
+    last = is_case.index(False, first) if False in is_case[first:] else len(stack)
+    return stack[first:last]
 
 
 def _signal_name(number: int) -> str:
