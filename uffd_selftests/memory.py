@@ -11,6 +11,7 @@ import errno
 import mmap as _mmap
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -146,6 +147,18 @@ def protect(where: Range, prot: int) -> None:
     checked(
         lib.uffd_mprotect(where.start, where.len, prot), f"mprotect({where.start:#x}, {where.len}, prot={prot:#x})"
     )
+
+
+@contextmanager
+def read_only(data: bytes) -> Iterator[int]:
+    """Yield the address of a copy of the data in a page that nobody can write."""
+    page = Range(map_memory(PAGE_SIZE, flags=MAP_PRIVATE | MAP_ANONYMOUS), PAGE_SIZE)
+    try:
+        poke(page.start, data)
+        protect(page, PROT_READ)
+        yield page.start
+    finally:
+        unmap(page)
 
 
 # ---- access --------------------------------------------------------------------------------------------------------
