@@ -11,7 +11,7 @@ import os
 import select
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import addressof, sizeof
 from dataclasses import dataclass
@@ -39,7 +39,9 @@ from uffd_selftests.uapi import (
     Event,
     Feature,
     MoveMode,
+    PageCategory,
     PagefaultFlag,
+    PmScanFlag,
     PoisonMode,
     RangeIoctls,
     RegisterMode,
@@ -192,7 +194,7 @@ def _output_text(field: str | None, output: int | None) -> str:
 
 @contextmanager
 def refuses(number: int, *, output: int | None = None) -> Iterator[None]:
-    """Assert that the one ioctl in the block fails with this errno.
+    """Assert that the one system call in the block fails with this errno.
 
     ``output`` is the value its output field must have then; by default -errno. UNTOUCHED stands for a field that
     the kernel must leave alone. Requests without an output field only have the errno.
@@ -200,9 +202,10 @@ def refuses(number: int, *, output: int | None = None) -> Iterator[None]:
     wanted = -number if output is None else output
     try:
         yield
-    except UffdError as error:
-        if error.errno != number or error.output not in (None, wanted):
-            text = errno_name(number) + (_output_text(error.field, wanted))
+    except KernelError as error:
+        field, observed = (error.field, error.output) if isinstance(error, UffdError) else (None, None)
+        if error.errno != number or observed not in (None, wanted):
+            text = errno_name(number) + (_output_text(field, wanted))
             raise AssertionError(f"expected {text}; got {error}") from None
     else:
         raise AssertionError(f"expected {errno_name(number)}; the call succeeded")
@@ -434,6 +437,14 @@ class Uffd:
         """
         expect(self.fdinfo.total, threads, "threads asleep in a fault (total: of fdinfo)")
 
+    def expect_still_asleep(self, threads: int) -> None:
+        """Assert that so many threads sleep in a fault, and that none woke only to fault again.
+
+        All messages must have been read before.
+        """
+        self.expect_asleep(threads)
+        self.expect_no_message()
+
     def expect_no_message(self) -> None:
         """Assert that nothing is queued."""
         messages = self.read()
@@ -612,6 +623,13 @@ class FaultHandler:
         """The first ``log_size`` messages, in the order in which they were read; without faults if so asked."""
         return [parse_message(bytes(ffi.buffer(self._log[i].bytes))) for i in range(self.stats.logged)]
 
+    @property
+    def children(self) -> list[Uffd]:
+        """The descriptors that FORK events brought, oldest first; they belong to the handler and end with it."""
+        fds = ffi.new("int[]", 64)
+        count = lib.uffd_handler_children(self._handler, fds, len(fds))
+        return [Uffd(fds[i]) for i in range(count)]
+
     def _failure(self) -> str | None:
         failure = ffi.new("struct uffd_failure *")
         lib.uffd_handler_failure(self._handler, failure)
@@ -759,18 +777,42 @@ def request_hugepages(ctx: Context) -> None:
 # ---- pagemap and pins ----------------------------------------------------------------------------------------------
 
 
+class Region(NamedTuple):
+    """Consecutive pages of the same categories, as PAGEMAP_SCAN reports them (struct page_region)."""
+
+    start: int
+    end: int
+    categories: PageCategory
+
+
+class Scan(NamedTuple):
+    """What one PAGEMAP_SCAN found."""
+
+    regions: list[Region]
+    walk_end: int
+    """The address at which it stopped looking."""
+
+
 class Pagemap:
     """/proc/self/pagemap of the process that asks: one 64-bit entry a base page (PM_* of uapi)."""
 
     @staticmethod
-    def entry(address: int) -> int:
-        """Return the entry of the page at ``address``."""
-        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    def entries(where: Range) -> list[int]:
+        """Return the entries of all base pages of a range."""
         try:
-            raw = os.pread(fd, 8, address // PAGE_SIZE * 8)
+            fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise Skip("/proc/self/pagemap: ENOENT: boot a kernel with CONFIG_PROC_PAGE_MONITOR") from None
+        try:
+            raw = os.pread(fd, where.len // PAGE_SIZE * 8, where.start // PAGE_SIZE * 8)
         finally:
             os.close(fd)
-        return int(struct.unpack("=Q", raw)[0])
+        return list(struct.unpack(f"={len(raw) // 8}Q", raw))
+
+    @classmethod
+    def entry(cls, address: int) -> int:
+        """Return the entry of the page at ``address``."""
+        return cls.entries(Range(address, PAGE_SIZE))[0]
 
     @classmethod
     def uffd_wp(cls, address: int) -> bool:
@@ -784,6 +826,82 @@ class Pagemap:
         if bool(entry & uapi.PM_UFFD_WP) != expected:
             state = "set" if expected else "clear"
             raise AssertionError(f"{when}: expected PM_UFFD_WP {state} in pagemap, got entry {entry:#018x}")
+
+    @classmethod
+    def expect_protected(cls, area: Area, pages: Iterable[int], when: str) -> None:
+        """Assert that of an area exactly these pages are marked as protected, each with all its base pages."""
+        marks = [bool(entry & uapi.PM_UFFD_WP) for entry in cls.entries(area.range)]
+        step = area.page_size // PAGE_SIZE
+        by_page = [marks[i : i + step] for i in range(0, len(marks), step)]
+        wanted = set(pages)
+        wrong = [page for page, marks in enumerate(by_page) if marks != [page in wanted] * step]
+        if wrong:
+            some = {page for page, marks in enumerate(by_page) if any(marks)}
+            raise AssertionError(
+                f"{when}: expected PM_UFFD_WP in pagemap on exactly the pages {sorted(wanted)}, got {sorted(some)}; "
+                f"first wrong page: {wrong[0]}"
+            )
+
+    @staticmethod
+    def scan_ioctl(arg: uapi.pm_scan_arg) -> int:
+        """PAGEMAP_SCAN with any argument; returns how many regions were written to its vector.
+
+        EINVAL: unknown flag or category, unaligned start, no vector. EFAULT: memory that is not the caller's. EPERM:
+        CHECK_WPASYNC, and part of the range does not track writes.
+        """
+        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            where = f"[{arg.start:#x}, {arg.end:#x}), {PmScanFlag(arg.flags)}"
+            return checked(lib.uffd_ioctl(fd, uapi.PAGEMAP_SCAN, addressof(arg)), f"PAGEMAP_SCAN({where})")
+        finally:
+            os.close(fd)
+
+    @classmethod
+    def scan(
+        cls,
+        where: Range,
+        required: PageCategory = PageCategory(0),
+        *,
+        anyof: PageCategory = PageCategory(0),
+        inverted: PageCategory = PageCategory(0),
+        returned: PageCategory | None = None,
+        flags: PmScanFlag = PmScanFlag(0),
+        room: int = 64,
+        max_pages: int = 0,
+    ) -> Scan:
+        """PAGEMAP_SCAN: pages with all ``required`` and one of the ``anyof`` categories, ``inverted`` ones inverted.
+
+        ``returned`` are the categories reported of them, by default the required ones; ``room`` is how many regions
+        there is space for (none: no vector). The kernel must change nothing but walk_end and the regions it returns.
+        """
+        vector = (uapi.page_region * (room + 1))()
+        arg = uapi.pm_scan_arg(
+            size=sizeof(uapi.pm_scan_arg),
+            flags=flags,
+            start=where.start,
+            end=where.end,
+            vec=addressof(vector) if room else 0,
+            vec_len=room,
+            max_pages=max_pages,
+            category_inverted=inverted,
+            category_mask=required,
+            category_anyof_mask=anyof,
+            return_mask=required if returned is None else returned,
+        )
+        before = bytes(arg)
+        count = cls.scan_ioctl(arg)
+        walk_end, arg.walk_end = arg.walk_end, 0
+        expect(bytes(arg), before, "the fields of struct pm_scan_arg but walk_end")
+        unused = bytes(vector)[count * sizeof(uapi.page_region) :]
+        expect(any(unused), False, "bytes written behind the regions returned")
+        regions = [Region(region.start, region.end, PageCategory(region.categories)) for region in vector[:count]]
+        return Scan(regions, walk_end)
+
+    @classmethod
+    def expect_present(cls, area: Area, *pages: int) -> None:
+        """Assert that these pages of the area are mapped, and no others."""
+        present = [page for page in range(area.nr_pages) if cls.entry(area.page(page).start) & uapi.PM_PRESENT]
+        expect(present, sorted(pages), f"pages of the {area.mem.name} area that are mapped")
 
 
 def swap_out(where: Range) -> None:
