@@ -194,7 +194,7 @@ def _output_text(field: str | None, output: int | None) -> str:
 
 @contextmanager
 def refuses(number: int, *, output: int | None = None) -> Iterator[None]:
-    """Assert that the one system call in the block fails with this errno.
+    """Assert that the one ioctl in the block fails with this errno.
 
     ``output`` is the value its output field must have then; by default -errno. UNTOUCHED stands for a field that
     the kernel must leave alone. Requests without an output field only have the errno.
@@ -202,10 +202,9 @@ def refuses(number: int, *, output: int | None = None) -> Iterator[None]:
     wanted = -number if output is None else output
     try:
         yield
-    except KernelError as error:
-        field, observed = (error.field, error.output) if isinstance(error, UffdError) else (None, None)
-        if error.errno != number or observed not in (None, wanted):
-            text = errno_name(number) + (_output_text(field, wanted))
+    except UffdError as error:
+        if error.errno != number or error.output not in (None, wanted):
+            text = errno_name(number) + (_output_text(error.field, wanted))
             raise AssertionError(f"expected {text}; got {error}") from None
     else:
         raise AssertionError(f"expected {errno_name(number)}; the call succeeded")
