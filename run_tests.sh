@@ -44,8 +44,8 @@ logged() { # STEP COMMAND...
     step=$1
     shift
     "$@" >>"$venv/setup.log" 2>&1 </dev/null && return
-    why=$(grep -i '^ *error: ' "$venv/setup.log" | grep -v subprocess-exited | head -n 1)
-    die "set-up: $step failed: ${why#*: } (log: $venv/setup.log)"
+    why=$(grep -i 'error: ' "$venv/setup.log" | grep -v subprocess-exited | head -n 1 | sed 's/^ *//')
+    die "set-up: $step failed: $why (log: $venv/setup.log)"
 }
 
 whole() {

@@ -327,12 +327,14 @@ def test_no_compiler(checkout: Checkout) -> None:
     assert not checkout.venv.exists()
 
 
-def test_pip_fails(checkout: Checkout) -> None:
-    """The line has pip's reason and the place of its log; the next call tries again."""
-    checkout.interpreter(pip="echo ERROR: No matching distribution found for pytest; exit 1")
-    assert one_line(checkout.run()) == (
-        f"set-up: pip failed: No matching distribution found for pytest (log: {checkout.venv}/setup.log)"
-    )
+@pytest.mark.parametrize(
+    "reason",
+    ["ERROR: No matching distribution found for pytest", "uffd.c:7:10: fatal error: Python.h: No such file or directory"],
+)
+def test_pip_fails(checkout: Checkout, reason: str) -> None:
+    """The line has the reason and the place of the log; the next call tries again."""
+    checkout.interpreter(pip=f"echo error: subprocess-exited-with-error; echo '   {reason}'; exit 1")
+    assert one_line(checkout.run()) == f"set-up: pip failed: {reason} (log: {checkout.venv}/setup.log)"
     checkout.interpreter()
     checkout.calls()
     assert checkout.run().returncode == 7
