@@ -45,6 +45,7 @@ logged() { # STEP COMMAND...
     shift
     "$@" >>"$venv/setup.log" 2>&1 </dev/null && return
     why=$(grep -i 'error: ' "$venv/setup.log" | grep -v subprocess-exited | head -n 1 | sed 's/^ *//')
+    case $why in *"from versions: none"*) why="no network? $why" ;; esac
     die "set-up: $step failed: $why (log: $venv/setup.log)"
 }
 
