@@ -15,12 +15,13 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from uffd_selftests import memory, syscalls
 from uffd_selftests.common import DEADLINE, Fault, Removed, Uffd, eventually, expect
+from uffd_selftests.mem_types import Area
 from uffd_selftests.memory import Range
 from uffd_selftests.native import lib
 from uffd_selftests.uapi import Feature, PagefaultFlag, RegisterMode
@@ -157,6 +158,13 @@ def faulting(
         elif not uffd.readable(DEADLINE):
             raise AssertionError(f"expected a page fault at {address:#x}; nothing came within {DEADLINE:g} seconds")
         yield waiter
+
+
+@contextmanager
+def faulting_pages(uffd: Uffd, area: Area, *pages: int) -> Iterator[list[Waiter]]:
+    """Have one thread a page read its first byte and sleep in the fault; the block gets the threads in that order."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(faulting(uffd, area.page(page).start)) for page in pages]
 
 
 @contextmanager

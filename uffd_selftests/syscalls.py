@@ -18,6 +18,9 @@ _NUMBERS = {
     "clone": (56, 220),
     "close_range": (436, 436),
     "exit": (60, 93),
+    "fsconfig": (431, 431),
+    "fsmount": (432, 432),
+    "fsopen": (430, 430),
     "futex": (202, 98),
     "io_destroy": (207, 1),
     "io_getevents": (208, 4),
@@ -55,6 +58,9 @@ _NUMBERS = {
 
 PR_SET_DUMPABLE = 4
 CLONE_NEWUSER = 0x10000000
+FSOPEN_CLOEXEC = FSMOUNT_CLOEXEC = 1
+FSCONFIG_SET_STRING = 1
+FSCONFIG_CMD_CREATE = 6
 
 
 def number(name: str) -> int:
@@ -104,3 +110,24 @@ def process_vm_writev(pid: int, address: int, data: bytes) -> int:
     """process_vm_writev(2) of one range."""
     buffer = ctypes.create_string_buffer(data, len(data))
     return _vm_transfer("process_vm_writev", pid, address, buffer)
+
+
+def mount_nowhere(filesystem: str, **options: str) -> int:
+    """Mount a file system with these options and attach it nowhere; it goes away with the descriptor of its root.
+
+    EPERM without CAP_SYS_ADMIN.
+    """
+
+    def text(value: str) -> ctypes.Array[ctypes.c_char]:
+        return ctypes.create_string_buffer(value.encode())
+
+    name = text(filesystem)
+    context = call("fsopen", ctypes.addressof(name), FSOPEN_CLOEXEC)
+    try:
+        for option, value in options.items():
+            key, setting = text(option), text(value)
+            call("fsconfig", context, FSCONFIG_SET_STRING, ctypes.addressof(key), ctypes.addressof(setting), 0)
+        call("fsconfig", context, FSCONFIG_CMD_CREATE, 0, 0, 0)
+        return call("fsmount", context, FSMOUNT_CLOEXEC, 0)
+    finally:
+        os.close(context)
