@@ -31,6 +31,7 @@ from uffd_selftests.memory import (
     advise,
     checked,
     errno_name,
+    smaps_fields,
 )
 from uffd_selftests.native import ffi, lib
 from uffd_selftests.uapi import (
@@ -298,10 +299,17 @@ class Uffd:
         return ret
 
     def ioctl(self, request: int, arg: Any, call: str, field: str | None = None) -> None:
-        """Issue one ioctl; ``call`` is how messages name it, ``field`` its output field."""
+        """Issue one ioctl; ``call`` is how messages name it, ``field`` its output field.
+
+        The kernel must leave the other fields alone, but for UFFDIO_API, which answers in all of them.
+        """
         if field is not None:
             setattr(arg, field, UNTOUCHED)
+        given = bytes(arg)
         ret = lib.uffd_ioctl(self.fd, request, addressof(arg))
+        inputs = len(given) if field is None else getattr(type(arg), field).offset
+        if request != uapi.UFFDIO_API and bytes(arg)[:inputs] != given[:inputs]:
+            raise AssertionError(f"{call}: the kernel changed an input field")
         if ret:
             raise UffdError(-ret, call, field, None if field is None else getattr(arg, field))
 
@@ -326,9 +334,18 @@ class Uffd:
         return arg
 
     def register(self, where: Range, mode: RegisterMode) -> RangeIoctls:
-        """UFFDIO_REGISTER: report faults of these kinds; returns the ioctls that the range offers."""
+        """UFFDIO_REGISTER: report faults of these kinds; returns the ioctls that the range offers.
+
+        Where it fails it must leave the field ``ioctls`` alone.
+        """
         arg = uapi.uffdio_register(uapi.uffdio_range(where.start, where.len), mode)
-        self.ioctl(uapi.UFFDIO_REGISTER, arg, f"UFFDIO_REGISTER({where}, {mode})")
+        call = f"UFFDIO_REGISTER({where}, {mode})"
+        try:
+            self.ioctl(uapi.UFFDIO_REGISTER, arg, call, "ioctls")
+        except UffdError as error:
+            if arg.ioctls != UNTOUCHED & (1 << 64) - 1:
+                raise AssertionError(f"{error}: expected ioctls untouched") from None
+            raise UffdError(error.errno or 0, call) from None
         return RangeIoctls(arg.ioctls)
 
     def unregister(self, where: Range) -> None:
@@ -771,6 +788,46 @@ def request_hugepages(ctx: Context) -> None:
         if error.errno != errno.EINVAL:
             raise
         raise Skip("the kernel lacks CONFIG_TRANSPARENT_HUGEPAGE") from None
+
+
+# ---- what is registered --------------------------------------------------------------------------------------------
+
+UNREGISTERED = RegisterMode(0)
+
+_VM_FLAGS = {"um": MISSING, "uw": WP, "ui": MINOR}
+
+
+def _mappings(where: Range, pid: int | str = "self") -> list[tuple[Range, RegisterMode]]:
+    """Return the part of each mapping that lies in the range, and its modes (VmFlags of /proc/PID/smaps)."""
+    found = []
+    if not os.path.exists("/proc/self/smaps"):
+        raise Skip("/proc/self/smaps: ENOENT: boot a kernel with CONFIG_PROC_PAGE_MONITOR")
+    for fields in smaps_fields(where, pid):
+        start, end = max(int(fields["start"], 16), where.start), min(int(fields["end"], 16), where.end)
+        flags = fields["VmFlags"].split()
+        mode = sum(bit for name, bit in _VM_FLAGS.items() if name in flags)
+        found.append((Range(start, end - start), RegisterMode(mode)))
+    return found
+
+
+def expect_modes(where: Range, *modes: RegisterMode, pid: int | str = "self") -> None:
+    """Assert in which modes memory is registered, with whichever handle.
+
+    The range is looked at in as many equal parts as modes are given: pages, usually. Holes in a part do not count.
+    """
+    size = where.len // len(modes)
+    mappings = _mappings(where, pid)
+    seen = []
+    for start in range(where.start, where.end, size):
+        part = {mode for mapping, mode in mappings if mapping.start < start + size and start < mapping.end}
+        seen.append("/".join(sorted(str(mode) for mode in part)) or "not mapped")
+    expect(", ".join(seen), ", ".join(str(mode) for mode in modes), f"modes in which {where} is registered, by part")
+
+
+def expect_mappings(area: Area, *pages: int) -> None:
+    """Assert how the kernel has cut an area into mappings: the number of pages of each."""
+    seen = [mapping.len // area.page_size for mapping, _ in _mappings(area.range)]
+    expect(seen, list(pages), "pages in each mapping of the area")
 
 
 # ---- pagemap and pins ----------------------------------------------------------------------------------------------

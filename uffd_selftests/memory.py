@@ -30,6 +30,7 @@ MAP_SHARED = _mmap.MAP_SHARED
 MAP_PRIVATE = _mmap.MAP_PRIVATE
 MAP_ANONYMOUS = _mmap.MAP_ANONYMOUS
 MAP_FIXED = 0x10
+MAP_FIXED_NOREPLACE = 0x100000
 MAP_NORESERVE = getattr(_mmap, "MAP_NORESERVE", 0x4000)
 MREMAP_MAYMOVE = 1
 MREMAP_FIXED = 2
@@ -159,6 +160,22 @@ def read_only(data: bytes) -> Iterator[int]:
         yield page.start
     finally:
         unmap(page)
+
+
+def user_space_end() -> int:
+    """Return the first address beyond user space, TASK_SIZE of a 64-bit kernel; 0 where it cannot be found."""
+    flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE
+    for bits in range(63, 32, -1):
+        for end in (1 << bits, (1 << bits) - PAGE_SIZE):  # x86 keeps the very last page free
+            try:
+                map_memory(PAGE_SIZE, at=end - PAGE_SIZE, prot=PROT_NONE, flags=flags)
+            except KernelError as error:
+                if error.errno == errno.EEXIST:
+                    return end
+            else:
+                unmap(Range(end - PAGE_SIZE, PAGE_SIZE))
+                return end
+    return 0
 
 
 # ---- access --------------------------------------------------------------------------------------------------------
