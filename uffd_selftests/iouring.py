@@ -20,6 +20,7 @@ from uffd_selftests.memory import KernelError, Range, errno_name
 IORING_OP_NOP = 0
 IORING_OP_READ = 22  # Linux 5.6
 IORING_OP_WRITE = 23
+IOSQE_ASYNC = 1 << 4  # Linux 5.6: let a worker thread make the call, which may sleep
 IORING_REGISTER_BUFFERS = 0
 IORING_UNREGISTER_BUFFERS = 1
 IORING_OFF_SQ_RING = 0
@@ -63,11 +64,16 @@ class IoUring:
         value: int = struct.unpack_from("=I", self._ring, offset)[0]
         return value
 
-    def submit(self, opcode: int, fd: int = -1, address: int = 0, length: int = 0, *, offset: int = -1) -> None:
-        """Hand one request to the kernel; what becomes of it is for complete(). ``offset`` -1: the file's own."""
+    def submit(
+        self, opcode: int, fd: int = -1, address: int = 0, length: int = 0, *, offset: int = -1, flags: int = 0
+    ) -> None:
+        """Hand one request to the kernel; what becomes of it is for complete().
+
+        ``offset`` -1 is the file's own, ``flags`` are IOSQE_*.
+        """
         _, tail, mask, _, _, _, array = self._sq
         index = self._word(tail) & self._word(mask)
-        sqe = struct.pack("=BBHiQQI36x", opcode, 0, 0, fd, offset & (1 << 64) - 1, address, length)
+        sqe = struct.pack("=BBHiQQI36x", opcode, flags, 0, fd, offset & (1 << 64) - 1, address, length)
         self._sqes[index * _SQE_SIZE : (index + 1) * _SQE_SIZE] = sqe
         struct.pack_into("=I", self._ring, array + 4 * index, index)
         struct.pack_into("=I", self._ring, tail, self._word(tail) + 1 & 0xFFFFFFFF)
