@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -17,6 +18,7 @@ from uffd_selftests.memory import (
     PAGE_SIZE,
     PROT_NONE,
     Advice,
+    KernelError,
     Pattern,
     Range,
     advise,
@@ -49,6 +51,9 @@ def pmd_size() -> int:
     except OSError:
         return 0
 
+
+POPULATE_PAGES = 64
+"""From how many pages on it pays to populate them before they are filled."""
 
 _HUGEPAGE_SIZE = default_hugepage_size()
 _ALIGNMENT = max(pmd_size(), _HUGEPAGE_SIZE, PAGE_SIZE)
@@ -158,7 +163,11 @@ class Area:
 
     def fill(self, first: int = 0, count: int | None = None) -> None:
         """Write the area's pattern into pages ``first`` to ``first + count - 1``; by default all."""
-        self.pattern.fill(self.start, first, self.nr_pages - first if count is None else count)
+        count = self.nr_pages - first if count is None else count
+        if count >= POPULATE_PAGES:
+            with suppress(KernelError):  # one call instead of a fault a page, if the kernel (5.14) and the range allow
+                advise(self.page(first, count), Advice.POPULATE_WRITE)
+        self.pattern.fill(self.start, first, count)
 
     def expect_pattern_of(
         self, other: Area, first: int = 0, count: int | None = None, *, write_back: bool = False
