@@ -31,6 +31,7 @@ from uffd_selftests.memory import (
     advise,
     checked,
     errno_name,
+    pmd_mapped,
     smaps_fields,
 )
 from uffd_selftests.native import ffi, lib
@@ -830,7 +831,39 @@ def expect_mappings(area: Area, *pages: int) -> None:
     expect(seen, list(pages), "pages in each mapping of the area")
 
 
+def small_area(ctx: Context) -> Area:
+    """Map an area that one transparent huge page would fill, filled with small pages, and none else until advised."""
+    area = ctx.allocate(pmd_size() // PAGE_SIZE)
+    advise(area.range, Advice.NOHUGEPAGE)
+    area.fill()
+    return area
+
+
+def huge_area(ctx: Context) -> Area:
+    """Map an area that one transparent huge page fills, mapped as such; Skip where none can be had."""
+    area = ctx.allocate(pmd_size() // PAGE_SIZE)
+    try:
+        advise(area.range, Advice.HUGEPAGE)
+        area.fill()
+        if pmd_mapped(area.range) < area.range.len:
+            advise(area.range, Advice.COLLAPSE)
+    except KernelError as error:
+        raise Skip(f"no transparent huge page of {ctx.mem} memory to be had: {error}") from None
+    return area
+
+
 # ---- pagemap and pins ----------------------------------------------------------------------------------------------
+
+
+def _runs(pages: Iterable[int]) -> str:
+    """Page numbers for a message: 1, 3-511."""
+    runs: list[list[int]] = []
+    for page in sorted(pages):
+        if runs and page == runs[-1][1] + 1:
+            runs[-1][1] = page
+        else:
+            runs.append([page, page])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs) or "none"
 
 
 class Region(NamedTuple):
@@ -894,7 +927,7 @@ class Pagemap:
         if wrong:
             some = {page for page, marks in enumerate(by_page) if any(marks)}
             raise AssertionError(
-                f"{when}: expected PM_UFFD_WP in pagemap on exactly the pages {sorted(wanted)}, got {sorted(some)}; "
+                f"{when}: expected PM_UFFD_WP in pagemap on exactly these pages: {_runs(wanted)}, got {_runs(some)}; "
                 f"first wrong page: {wrong[0]}"
             )
 

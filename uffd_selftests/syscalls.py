@@ -21,6 +21,7 @@ _NUMBERS = {
     "fsconfig": (431, 431),
     "fsmount": (432, 432),
     "fsopen": (430, 430),
+    "fallocate": (285, 47),
     "futex": (202, 98),
     "io_destroy": (207, 1),
     "io_getevents": (208, 4),
