@@ -233,6 +233,11 @@ class Channel:
             raise AssertionError("the other process ended before it sent anything")
         return pickle.loads(data), fds
 
+    def become_stdin(self) -> None:
+        """Make this end the process's standard input, for a program that it is about to run."""
+        self._socket.setblocking(True)
+        os.dup2(self._socket.fileno(), 0)
+
     def close(self) -> None:
         """Close this end."""
         self._socket.close()
@@ -311,6 +316,11 @@ class Child:
         self.channel.close()
         return status
 
+    def wait_exec(self) -> None:
+        """Wait until the child runs another program, its old memory gone; ChildError when it failed to."""
+        if text := os.read(self._pipe, 65536):
+            raise ChildError(f"in the child process: {text.decode(errors='replace')}")
+
     def wait(self) -> None:
         """Wait for the end of the child; ChildError when it failed or was killed."""
         if self.pid <= 0:
@@ -333,19 +343,31 @@ class Child:
 
 
 @contextmanager
-def orphaned(where: Range, mode: RegisterMode, features: Feature = Feature(0)) -> Iterator[Uffd]:
-    """Yield a handle whose address space is gone: a child registered the range there and has exited."""
+def orphaned(
+    where: Range, mode: RegisterMode, features: Feature = Feature(0), *, by_exec: bool = False
+) -> Iterator[Uffd]:
+    """Yield a handle whose address space is gone: a child registered the range there and has exited.
+
+    Or the child lives on, ``by_exec``, and runs another program.
+    """
 
     def target(channel: Channel) -> None:
         with Uffd.open(features) as uffd:
             uffd.register(where, mode)
             channel.send(None, uffd.fd)
+        if by_exec:
+            channel.become_stdin()
+            os.execlp("cat", "cat")
 
     with Child(target) as child:
         _, (fd,) = child.receive_fds()
-        child.wait()
-    with Uffd(fd) as uffd:
-        yield uffd
+        with Uffd(fd) as uffd:
+            if by_exec:
+                child.wait_exec()
+            else:
+                child.wait()
+            yield uffd
+        child.kill()
 
 
 # ---- privileges, for a child that gives them up --------------------------------------------------------------------
