@@ -126,7 +126,9 @@ def _run(args: argparse.Namespace, passed: list[str]) -> int:
 
 def _pytest_arguments(args: argparse.Namespace, passed: list[str], ktap_fd: int) -> Iterator[str]:
     """Say it in pytest's words."""
-    yield from ("-c", os.devnull, f"--rootdir={PACKAGE.parent}", f"--confcutdir={CASES}")
+    paths = [path for argument in passed if (path := _path(argument))]
+    root = next((path.parent for path in paths if PACKAGE.parent not in path.parents), PACKAGE.parent)
+    yield from ("-c", os.devnull, f"--rootdir={root}", f"--confcutdir={CASES}")
     yield from ("-p", "uffd_selftests.harness.plugin", f"--ktap-fd={ktap_fd}")
     for each in OPTIONS:
         if (value := getattr(args, each.name)) is not None:
@@ -147,13 +149,14 @@ def _pytest_arguments(args: argparse.Namespace, passed: list[str], ktap_fd: int)
         yield from (f"--report-dir={folder}", f"--junitxml={folder / 'junit.xml'}")
     if not passed:
         yield from ("-p", "no:cacheprovider", "--progress")
-    if not any(_is_path(argument) for argument in passed):
+    if not paths:
         yield str(CASES)
 
 
-def _is_path(argument: str) -> bool:
-    """Whether an argument for pytest names tests to run: a path, perhaps with ``::test`` behind it."""
-    return not argument.startswith("-") and Path(argument.partition("::")[0]).exists()
+def _path(argument: str) -> Path | None:
+    """Return the path of an argument for pytest that names tests to run, perhaps with ``::test`` behind it."""
+    path = Path(argument.partition("::")[0])
+    return path.resolve() if not argument.startswith("-") and path.exists() else None
 
 
 class _Witness:
