@@ -993,17 +993,20 @@ class Pagemap:
         expect(present, sorted(pages), f"pages of the {area.mem.name} area that are mapped")
 
 
-def swap_out(where: Range) -> None:
-    """Have every page of a private mapping written to swap (MADV_PAGEOUT); Skip where the kernel keeps them."""
-
-    def swapped_out() -> bool:
+def page_out(where: Range, gone: Callable[[], bool]) -> None:
+    """Have pages written to swap (MADV_PAGEOUT) until ``gone`` says so; Skip where the kernel keeps them."""
+    end = time.monotonic() + DEADLINE / 10
+    while True:
         advise(where, Advice.PAGEOUT)
-        return all(Pagemap.entry(address) & uapi.PM_SWAP for address in range(where.start, where.end, PAGE_SIZE))
+        if gone():
+            return
+        if time.monotonic() > end:
+            raise Skip("MADV_PAGEOUT leaves the pages in memory: is the swap space full?")
 
-    try:
-        eventually(swapped_out, "pages to be swapped out")
-    except AssertionError:
-        raise Skip("MADV_PAGEOUT leaves the pages in memory: is the swap space full?") from None
+
+def swap_out(where: Range) -> None:
+    """Have every page of a private mapping written to swap."""
+    page_out(where, lambda: all(entry & uapi.PM_SWAP for entry in Pagemap.entries(where)))
 
 
 _PIN_LONGTERM_TEST_START = 0x4018_6707  # _IOW('g', 7, struct pin_longterm_test) of mm/gup_test.h

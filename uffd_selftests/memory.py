@@ -310,7 +310,11 @@ def smaps_fields(where: Range, pid: int | str = "self") -> Iterator[dict[str, st
         yield fields
 
 
+def smaps_bytes(where: Range, *fields: str) -> int:
+    """Return the sum of these fields, in bytes, over all mappings that overlap the range; absent ones count as 0."""
+    return sum(int(entry.get(field, "0").split()[0]) * 1024 for entry in smaps_fields(where) for field in fields)
+
+
 def pmd_mapped(where: Range) -> int:
     """Return how many bytes of the range's mappings the page tables map by PMD, of any kind of memory."""
-    kinds = ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped")
-    return sum(int(fields.get(kind, "0").split()[0]) * 1024 for fields in smaps_fields(where) for kind in kinds)
+    return smaps_bytes(where, "AnonHugePages", "ShmemPmdMapped", "FilePmdMapped")

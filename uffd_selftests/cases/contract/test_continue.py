@@ -1,0 +1,575 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Minor faults and UFFDIO_CONTINUE: the page is in the page cache, only its page table entry is missing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from errno import EAGAIN, EEXIST, EFAULT, EINVAL, EIO, ENOENT, ESRCH
+from signal import SIGSEGV
+
+from uffd_selftests import syscalls, uapi
+from uffd_selftests.case import Defect, Kind, uffd_case
+from uffd_selftests.common import (
+    MINOR,
+    MISSING,
+    UNTOUCHED,
+    WP,
+    Context,
+    Pagemap,
+    Skip,
+    UffdError,
+    bad_ranges,
+    expect,
+    page_out,
+    promise,
+    refuses,
+)
+from uffd_selftests.kernel import open_debugfs
+from uffd_selftests.mem_types import ANON, HUGETLB, HUGETLB_PRIVATE, SHMEM, SHMEM_PRIVATE, Area
+from uffd_selftests.memory import (
+    MAP_NORESERVE,
+    MAP_SHARED,
+    PAGE_SIZE,
+    PROT_READ,
+    Advice,
+    Range,
+    advise,
+    errno_name,
+    map_memory,
+    peek,
+    poke,
+    protect,
+    read_only,
+    smaps_bytes,
+    touch_trapped,
+    unmap,
+)
+from uffd_selftests.processes import faulting, orphaned, undisturbed, unread_event
+from uffd_selftests.uapi import PM_PFN_MASK, ContinueMode, Feature, PagefaultFlag, RegisterMode
+
+FILE = (SHMEM, SHMEM_PRIVATE, HUGETLB, HUGETLB_PRIVATE)
+"""The memory types that have a page cache, hence minor faults."""
+
+MINORS = Feature.MINOR_HUGETLBFS | Feature.MINOR_SHMEM
+# No bit of its own says that UFFDIO_CONTINUE can protect; it came with WP_UNPOPULATED.
+MINOR_WP = MINORS | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_UNPOPULATED
+
+HOLE = PagefaultFlag(0)
+CACHED = PagefaultFlag.MINOR
+
+
+@contextmanager
+def view(area: Area) -> Iterator[Range]:
+    """Map the area's file once more, shared and unregistered: what is written there is in the page cache."""
+    assert area.fd is not None
+    length = area.range.len
+    where = Range(map_memory(length, flags=MAP_SHARED | MAP_NORESERVE, fd=area.fd), length)
+    try:
+        yield where
+    finally:
+        unmap(where)
+
+
+@contextmanager
+def cached(ctx: Context, *pages: int, mode: RegisterMode = MINOR) -> Iterator[Range]:
+    """Register the area, and put these pages (none given: all) into the page cache through the view yielded."""
+    ctx.uffd.register(ctx.dst.range, mode)
+    with view(ctx.dst) as where:
+        for page in pages or range(ctx.nr_pages):
+            ctx.dst.pattern.fill(where.start, page, 1)
+        yield where
+
+
+def expect_mapped(ctx: Context, *pages: int) -> None:
+    """Assert that these pages, and no others, are mapped, and hold the area's own pattern."""
+    Pagemap.expect_present(ctx.dst, *pages)
+    for page in pages:
+        ctx.dst.expect_pattern_of(ctx.dst, page, 1)
+
+
+# ---- what it does --------------------------------------------------------------------------------------------------
+
+
+@uffd_case("continue-maps", mem=FILE, features=MINORS, pages=3, rows=("CT-01", "CT-02", "CT-18", "CT-24"))
+def test_continue_maps(ctx: Context) -> None:
+    """UFFDIO_CONTINUE maps that one page as the page cache holds it by then; filling the cache raised no fault."""
+    flipped = replace(ctx.dst.pattern, flipped=True)
+    page = ctx.dst.page(1)
+    with cached(ctx) as where:
+        with promise("CT-24"):
+            ctx.uffd.expect_no_message()
+        with promise("CT-01"), faulting(ctx.uffd, page.start, flags=CACHED) as waiter:
+            flipped.fill(where.start, 1, 1)
+            ctx.uffd.continue_(page)
+        with promise("CT-18"):
+            Pagemap.expect_present(ctx.dst, 1)
+        with promise("CT-02"):
+            expect(waiter.result(), peek(page.start), "what the thread read")
+            flipped.verify(ctx.dst.start, 1, 1)
+            flipped.verify(where.start, 1, 1)
+    ctx.uffd.expect_no_message()
+
+
+@uffd_case("continue-flags", mem=FILE, features=MINORS, pages=2, rows=("CT-01", "CT-03"))
+def test_continue_flags(ctx: Context) -> None:
+    """A read of a cached page is announced with MINOR alone, a write with MINOR and WRITE."""
+    with cached(ctx):
+        for page, write in enumerate((False, True)):
+            flags = CACHED | PagefaultFlag.WRITE if write else CACHED
+            where = ctx.dst.page(page)
+            with promise("CT-03" if write else "CT-01"), faulting(ctx.uffd, where.start, write=write, flags=flags):
+                ctx.uffd.continue_(where)
+        expect_mapped(ctx, 0, 1)
+    ctx.uffd.expect_no_message()
+
+
+@uffd_case("continue-wakes", mem=FILE, features=MINORS, pages=4, rows=("CT-01",))
+def test_continue_wakes(ctx: Context) -> None:
+    """UFFDIO_CONTINUE wakes who waits for one of its pages, and nobody on the pages beside them."""
+    with cached(ctx), ExitStack() as waiters:
+        for page in range(4):
+            waiters.enter_context(faulting(ctx.uffd, ctx.dst.page(page).start, flags=CACHED))
+        ctx.uffd.continue_(ctx.dst.page(1, 2))
+        ctx.uffd.expect_still_asleep(2)
+        expect_mapped(ctx, 1, 2)
+        for page, asleep in ((0, 1), (3, 0)):
+            ctx.uffd.continue_(ctx.dst.page(page))
+            ctx.uffd.expect_still_asleep(asleep)
+
+
+@uffd_case("continue-dontwake", mem=FILE, features=MINORS, pages=2, rows=("CT-04", "CT-11"))
+def test_continue_dontwake(ctx: Context) -> None:
+    """With DONTWAKE the page is there and its thread sleeps on, through an UFFDIO_CONTINUE that finds it there too."""
+    page = ctx.dst.page(0)
+    with cached(ctx), faulting(ctx.uffd, page.start, flags=CACHED):
+        ctx.uffd.continue_(page, ContinueMode.DONTWAKE)
+        with promise("CT-11"):
+            ctx.uffd.expect_still_asleep(1)
+            expect_mapped(ctx, 0)
+        with promise("CT-04"), refuses(EEXIST):
+            ctx.uffd.continue_(page)
+        ctx.uffd.expect_still_asleep(1)
+        ctx.uffd.wake(page)
+    expect_mapped(ctx, 0)
+    ctx.uffd.expect_no_message()
+
+
+@uffd_case("continue-eexist", mem=FILE, features=MINORS, pages=3, rows=("CT-04",))
+def test_continue_eexist(ctx: Context) -> None:
+    """UFFDIO_CONTINUE refuses a page that is mapped already, be it from the page cache or a private copy."""
+    with view(ctx.dst) as where:
+        ctx.dst.pattern.fill(where.start, 0, 3)
+        peek(ctx.dst.start)
+        poke(ctx.dst.page(1).start, b"own")
+        ctx.uffd.register(ctx.dst.range, MINOR)
+        for page, how in enumerate(("read before registration", "written before registration")):
+            with promise("CT-04", how), refuses(EEXIST):
+                ctx.uffd.continue_(ctx.dst.page(page))
+    expect(peek(ctx.dst.page(1).start, 3), b"own", "what was written")
+    ctx.dst.expect_pattern_of(ctx.dst, 0, 1)
+
+
+@uffd_case("continue-hole", mem=FILE, features=MINORS, pages=2, rows=("CT-05", "CT-16"))
+def test_continue_hole(ctx: Context) -> None:
+    """UFFDIO_CONTINUE refuses a page that is not in the page cache, fills no hole, and wakes nobody."""
+    hole = ctx.dst.page(1)
+    with cached(ctx, 0, mode=MISSING | MINOR), faulting(ctx.uffd, hole.start):
+        blocks = os.fstat(ctx.dst.fd or -1).st_blocks
+        with promise("CT-05, CT-16"), refuses(EFAULT):
+            ctx.uffd.continue_(hole)
+        ctx.uffd.expect_still_asleep(1)
+        expect(os.fstat(ctx.dst.fd or -1).st_blocks, blocks, "blocks of the file")
+        ctx.uffd.copy(hole.start, ctx.src.start, hole.len)
+
+
+@uffd_case("continue-partial", mem=FILE, features=MINORS, pages=4, rows=("CT-06",))
+def test_continue_partial(ctx: Context) -> None:
+    """UFFDIO_CONTINUE stops at a page that it cannot map, says how far it came, and wakes the threads up to there."""
+    with cached(ctx, 0, 1, 3, mode=MISSING | MINOR), ExitStack() as waiters:
+        for page, flags in enumerate((CACHED, CACHED, HOLE, CACHED)):
+            waiters.enter_context(faulting(ctx.uffd, ctx.dst.page(page).start, flags=flags))
+        with promise("CT-06", "hole"), refuses(EAGAIN, output=ctx.page_size):
+            ctx.uffd.continue_(ctx.dst.page(1, 3))
+        ctx.uffd.expect_still_asleep(3)
+        expect_mapped(ctx, 1)
+        with promise("CT-06", "mapped page"), refuses(EAGAIN, output=ctx.page_size):
+            ctx.uffd.continue_(ctx.dst.page(0, 2))
+        ctx.uffd.expect_still_asleep(2)
+        ctx.uffd.copy(ctx.dst.page(2).start, ctx.src.start, ctx.page_size)
+        ctx.uffd.expect_still_asleep(1)
+        ctx.uffd.continue_(ctx.dst.page(3))
+
+
+@uffd_case("continue-missing-and-minor", mem=FILE, features=MINORS, pages=2, rows=("CT-15",))
+def test_continue_missing_and_minor(ctx: Context) -> None:
+    """A range registered for both reports a cached page as minor and a hole as missing."""
+    ctx.src.fill()
+    with cached(ctx, 0, mode=MISSING | MINOR):
+        with promise("CT-15", "cached page"), faulting(ctx.uffd, ctx.dst.start, flags=CACHED):
+            ctx.uffd.continue_(ctx.dst.page(0))
+        with promise("CT-15", "hole"), faulting(ctx.uffd, ctx.dst.page(1).start, flags=HOLE):
+            ctx.uffd.copy(ctx.dst.page(1).start, ctx.src.page(1).start, ctx.page_size)
+    ctx.dst.expect_pattern_of(ctx.src)
+    ctx.uffd.expect_no_message()
+
+
+@uffd_case("continue-not-copy", mem=(SHMEM, HUGETLB), features=MINORS, pages=2, rows=("CT-16",), kind=Kind.DETAIL)
+def test_continue_not_copy(ctx: Context) -> None:
+    """A minor fault of shared memory cannot be answered with other contents: the page cache has the page."""
+    page = ctx.dst.page(0)
+    with cached(ctx, mode=MISSING | MINOR), faulting(ctx.uffd, page.start, flags=CACHED):
+        with promise("CT-16", "UFFDIO_COPY"), refuses(EEXIST):
+            ctx.uffd.copy(page.start, ctx.src.start, page.len)
+        with promise("CT-16", "UFFDIO_ZEROPAGE"), refuses(EINVAL if ctx.mem.hugetlb else EEXIST):
+            ctx.uffd.zeropage(page)
+        ctx.uffd.expect_still_asleep(1)
+        ctx.uffd.continue_(page)
+    expect_mapped(ctx, 0)
+
+
+@uffd_case("continue-minor-hole", mem=FILE, features=MINORS, pages=2, rows=("CT-17",), kind=Kind.DETAIL)
+def test_continue_minor_hole(ctx: Context) -> None:
+    """In a range registered for minor faults only, a hole becomes a zero page without a message."""
+    ctx.uffd.register(ctx.dst.range, MINOR)
+    with promise("CT-17", "read"):
+        expect(undisturbed(ctx.uffd, lambda: peek(ctx.dst.start, ctx.page_size)), bytes(ctx.page_size), "the page")
+    with promise("CT-17", "write"):
+        undisturbed(ctx.uffd, lambda: poke(ctx.dst.page(1).start, b"own"))
+    expect(peek(ctx.dst.page(1).start, 4), b"own\0", "what was written")
+
+
+# ---- what the mapping allows ---------------------------------------------------------------------------------------
+
+
+@uffd_case("continue-shared-write", mem=(SHMEM, HUGETLB), features=MINORS, pages=2, rows=("CT-03",))
+def test_continue_shared_write(ctx: Context) -> None:
+    """A write to a shared mapping that UFFDIO_CONTINUE lets through reaches the file."""
+    start = ctx.dst.start
+    with cached(ctx) as where:
+        write = CACHED | PagefaultFlag.WRITE
+        with promise("CT-03"), faulting(ctx.uffd, start, call=lambda: poke(start, b"new"), flags=write):
+            ctx.uffd.continue_(ctx.dst.page(0))
+        expect((peek(start, 3), peek(where.start, 3)), (b"new", b"new"), "the mapping, the file")
+    ctx.uffd.expect_no_message()
+
+
+@uffd_case(
+    "continue-private-write",
+    mem=(SHMEM_PRIVATE, HUGETLB_PRIVATE),
+    features=MINORS,
+    pages=2,
+    rows=("CT-13",),
+    kind=Kind.DETAIL,
+)
+def test_continue_private_write(ctx: Context) -> None:
+    """A write to a private mapping that UFFDIO_CONTINUE lets through changes a copy; the file keeps its bytes."""
+    start = ctx.dst.start
+    with cached(ctx) as where:
+        write = CACHED | PagefaultFlag.WRITE
+        with promise("CT-13"), faulting(ctx.uffd, start, call=lambda: poke(start, b"new"), flags=write):
+            ctx.uffd.continue_(ctx.dst.page(0))
+        expect(peek(start, 3), b"new", "the mapping")
+        ctx.dst.pattern.verify(where.start, 0, 2, what="the file")
+        ctx.uffd.continue_(ctx.dst.page(1))
+        undisturbed(ctx.uffd, lambda: poke(ctx.dst.page(1).start, b"new"))
+        ctx.dst.pattern.verify(where.start, 0, 2, what="the file")
+    ctx.uffd.expect_no_message()
+
+
+@uffd_case("continue-read-only", mem=FILE, features=MINORS, pages=2, rows=("CT-13",), kind=Kind.DETAIL)
+def test_continue_read_only(ctx: Context) -> None:
+    """UFFDIO_CONTINUE maps into a read-only mapping too, and that stays read-only."""
+    with cached(ctx) as where:
+        protect(ctx.dst.range, PROT_READ)
+        with promise("CT-13", "PROT_READ"):
+            ctx.uffd.continue_(ctx.dst.page(0))
+            expect_mapped(ctx, 0)
+            traps = touch_trapped(ctx.dst.page(0), ctx.page_size, write=True)
+            expect([trap and trap.signo for trap in traps], [SIGSEGV], "signals on write")
+        ctx.dst.pattern.verify(where.start, 0, 2, what="the file")
+
+
+@uffd_case("continue-wp", mem=FILE, features=MINOR_WP, pages=2, rows=("CT-10",))
+def test_continue_wp(ctx: Context) -> None:
+    """With UFFDIO_CONTINUE_MODE_WP the page can be read, and the first write waits; without, nothing is protected."""
+    start = ctx.dst.start
+    with cached(ctx, mode=MINOR | WP), promise("CT-10"):
+        with faulting(ctx.uffd, start, flags=CACHED):
+            ctx.uffd.continue_(ctx.dst.page(0), ContinueMode.WP | ContinueMode.DONTWAKE)
+            ctx.uffd.expect_still_asleep(1)
+            ctx.uffd.wake(ctx.dst.page(0))
+        ctx.uffd.continue_(ctx.dst.page(1))
+        expect_mapped(ctx, 0, 1)
+        Pagemap.expect_protected(ctx.dst, [0], "after UFFDIO_CONTINUE, of page 0 with MODE_WP")
+        undisturbed(ctx.uffd, lambda: poke(ctx.dst.page(1).start, b"new"))
+        trapped = PagefaultFlag.WRITE | PagefaultFlag.WP
+        with faulting(ctx.uffd, start, call=lambda: poke(start, b"new"), flags=trapped):
+            ctx.uffd.unprotect(ctx.dst.page(0))
+    expect(peek(start, 3), b"new", "what was written")
+    ctx.uffd.expect_no_message()
+
+
+@uffd_case("continue-wp-marker", mem=FILE, features=MINOR_WP, pages=2, rows=("CT-10",), kind=Kind.DETAIL)
+def test_continue_wp_marker(ctx: Context) -> None:
+    """On a page protected before it was mapped the minor fault comes first, and UFFDIO_CONTINUE decides anew."""
+    with cached(ctx, mode=MINOR | WP), promise("CT-10"):
+        ctx.uffd.writeprotect(ctx.dst.range)
+        Pagemap.expect_protected(ctx.dst, [0, 1], "after UFFDIO_WRITEPROTECT of unmapped pages")
+        for page, mode in enumerate((ContinueMode.WP, ContinueMode(0))):
+            with faulting(ctx.uffd, ctx.dst.page(page).start, flags=CACHED):
+                ctx.uffd.continue_(ctx.dst.page(page), mode)
+        expect_mapped(ctx, 0, 1)
+        Pagemap.expect_protected(ctx.dst, [0], "after UFFDIO_CONTINUE, of page 0 with MODE_WP")
+    ctx.uffd.expect_no_message()
+
+
+@uffd_case("continue-wp-unregistered", mem=FILE, features=MINOR_WP, pages=2, rows=("CT-10",))
+def test_continue_wp_unregistered(ctx: Context) -> None:
+    """UFFDIO_CONTINUE_MODE_WP needs a range registered for write-protect faults."""
+    with cached(ctx), promise("CT-10"), faulting(ctx.uffd, ctx.dst.start, flags=CACHED):
+        with refuses(EINVAL):
+            ctx.uffd.continue_(ctx.dst.page(0), ContinueMode.WP)
+        ctx.uffd.expect_still_asleep(1)
+        Pagemap.expect_present(ctx.dst)
+        ctx.uffd.continue_(ctx.dst.page(0))
+
+
+@uffd_case("continue-poison", mem=FILE, features=MINORS | Feature.POISON, pages=2, rows=("CT-20",), kind=Kind.DETAIL)
+def test_continue_poison(ctx: Context) -> None:
+    """UFFDIO_CONTINUE puts the cached page in the place of a poison marker."""
+    with cached(ctx):
+        ctx.uffd.poison(ctx.dst.page(0))
+        with promise("CT-20"):
+            ctx.uffd.continue_(ctx.dst.page(0))
+            expect_mapped(ctx, 0)
+
+
+# ---- pages that are not simply in memory ---------------------------------------------------------------------------
+
+
+@uffd_case(
+    "continue-swapped",
+    mem=(SHMEM, SHMEM_PRIVATE),
+    features=MINORS,
+    needs=("swap",),
+    pages=2,
+    rows=("CT-19",),
+    kind=Kind.DETAIL,
+)
+def test_continue_swapped(ctx: Context) -> None:
+    """A page of the file that is in swap counts as cached: a minor fault, and UFFDIO_CONTINUE brings it back."""
+    with cached(ctx) as where:
+        page_out(where, lambda: smaps_bytes(where, "Swap") == where.len)
+        with promise("CT-19"), faulting(ctx.uffd, ctx.dst.start, flags=CACHED):
+            ctx.uffd.continue_(ctx.dst.page(0))
+        expect_mapped(ctx, 0)
+
+
+@contextmanager
+def hardware_poisoned(page: Range) -> Iterator[None]:
+    """Have the kernel believe that the memory of a page is broken (MADV_HWPOISON), and take it back afterwards."""
+    try:
+        undo = open_debugfs("hwpoison/unpoison-pfn", os.O_WRONLY)
+    except OSError as error:
+        name = errno_name(error.errno or 0)
+        raise Skip(f"debugfs hwpoison/unpoison-pfn: {name}: modprobe hwpoison-inject") from None
+    pfn = Pagemap.entry(page.start) & PM_PFN_MASK
+    syscalls.prctl(33, 1, 0)  # PR_MCE_KILL, PR_MCE_KILL_SET, PR_MCE_KILL_LATE: no signal before it is touched
+    try:
+        advise(page, Advice.HWPOISON)
+        yield
+    finally:
+        os.write(undo, f"{pfn:#x}".encode())
+        os.close(undo)
+
+
+@uffd_case(
+    "continue-hardware-poison",
+    mem=FILE,
+    features=MINORS,
+    needs=("cap_sys_admin",),
+    pages=2,
+    rows=("CT-21",),
+    kind=Kind.DETAIL,
+)
+def test_continue_hardware_poison(ctx: Context) -> None:
+    """UFFDIO_CONTINUE does not map a cached page whose memory is broken."""
+    with cached(ctx) as where, hardware_poisoned(Range(where.start, ctx.page_size)):
+        with promise("CT-21"), refuses(EIO):
+            ctx.uffd.continue_(ctx.dst.page(0))
+        Pagemap.expect_present(ctx.dst)
+
+
+# ---- what it refuses -----------------------------------------------------------------------------------------------
+
+
+@uffd_case("continue-errors", mem=FILE, features=MINORS, pages=2, rows=("CT-07",))
+def test_continue_errors(ctx: Context) -> None:
+    """UFFDIO_CONTINUE refuses ranges that are not whole pages, unknown modes, and an argument it cannot read."""
+    with cached(ctx):
+        for what, bad in bad_ranges(ctx.dst.page(0)).items():
+            with promise("CT-07", what), refuses(EINVAL, output=UNTOUCHED):
+                ctx.uffd.continue_(bad)
+        for bit in range(2, 64):
+            with promise("CT-07", f"mode bit {bit}"), refuses(EINVAL, output=UNTOUCHED):
+                ctx.uffd.continue_(ctx.dst.page(0), ContinueMode(1 << bit))
+        with promise("CT-07", "argument NULL"), refuses(EFAULT):
+            ctx.uffd.raw_ioctl(uapi.UFFDIO_CONTINUE, 0)
+        Pagemap.expect_present(ctx.dst)
+
+
+@uffd_case("continue-output-read-only", mem=FILE, features=MINORS, pages=2, rows=("CT-07",), kind=Kind.DETAIL)
+def test_continue_output_read_only(ctx: Context) -> None:
+    """UFFDIO_CONTINUE that cannot write its result has mapped the page but woken nobody."""
+    page = ctx.dst.page(0)
+    arg = uapi.uffdio_continue(uapi.uffdio_range(page.start, page.len))
+    with cached(ctx), faulting(ctx.uffd, page.start, flags=CACHED):
+        with promise("CT-07", "mapped not writable"), read_only(bytes(arg)) as address, refuses(EFAULT):
+            ctx.uffd.raw_ioctl(uapi.UFFDIO_CONTINUE, address)
+        ctx.uffd.expect_still_asleep(1)
+        expect_mapped(ctx, 0)
+        ctx.uffd.wake(page)
+
+
+@uffd_case("continue-elsewhere", mem=FILE, features=MINORS, pages=4, rows=("CT-09",))
+def test_continue_elsewhere(ctx: Context) -> None:
+    """UFFDIO_CONTINUE wants its whole range in one registered mapping, else it maps nothing."""
+    with view(ctx.dst) as where:
+        ctx.dst.pattern.fill(where.start, 0, 4)
+        with promise("CT-09", "not registered"), refuses(ENOENT):
+            ctx.uffd.continue_(ctx.dst.page(0))
+        ctx.uffd.register(ctx.dst.page(0, 2), MINOR)
+        with promise("CT-09", "behind the registered pages"), refuses(ENOENT):
+            ctx.uffd.continue_(ctx.dst.page(2))
+        with promise("CT-09", "registered and not"), refuses(ENOENT):
+            ctx.uffd.continue_(ctx.dst.page(1, 2))
+        ctx.uffd.register(ctx.dst.page(2), MINOR | MISSING)
+        with promise("CT-09", "two registered mappings"), refuses(ENOENT):
+            ctx.uffd.continue_(ctx.dst.page(1, 2))
+        unmap(ctx.dst.page(3))
+        with promise("CT-09", "nothing mapped"), refuses(ENOENT):
+            ctx.uffd.continue_(ctx.dst.page(3))
+        Pagemap.expect_present(ctx.dst)
+        ctx.uffd.continue_(ctx.dst.page(0, 2))
+
+
+@uffd_case("continue-anon", mem=(ANON,), features=MINORS, pages=2, rows=("CT-09",))
+def test_continue_anon(ctx: Context) -> None:
+    """UFFDIO_CONTINUE refuses anonymous memory, which has no page cache."""
+    ctx.uffd.register(ctx.dst.range, MISSING)
+    with faulting(ctx.uffd, ctx.dst.start):
+        with promise("CT-09", "anonymous memory"), refuses(EINVAL):
+            ctx.uffd.continue_(ctx.dst.page(0))
+        ctx.uffd.expect_still_asleep(1)
+        ctx.uffd.zeropage(ctx.dst.page(0))
+
+
+@uffd_case("continue-hugetlb-part", mem=(HUGETLB, HUGETLB_PRIVATE), features=MINORS, pages=2, rows=("CT-14",))
+def test_continue_hugetlb_part(ctx: Context) -> None:
+    """UFFDIO_CONTINUE takes whole huge pages only."""
+    start, size = ctx.dst.start, ctx.page_size
+    with cached(ctx, 0):
+        for what, bad in {
+            "a part": Range(start, PAGE_SIZE),
+            "start inside": Range(start + PAGE_SIZE, size),
+            "end inside": Range(start, size + PAGE_SIZE),
+        }.items():
+            with promise("CT-14", what), refuses(EINVAL):
+                ctx.uffd.continue_(bad)
+        Pagemap.expect_present(ctx.dst)
+        with promise("CT-14", "hole"), refuses(EFAULT):
+            ctx.uffd.continue_(ctx.dst.page(1))
+        with promise("CT-14", "the whole page"):
+            ctx.uffd.continue_(ctx.dst.page(0))
+            expect_mapped(ctx, 0)
+
+
+D_BEYOND_EOF = Defect(
+    id="D-CT-08",
+    summary="UFFDIO_CONTINUE of shmem beyond the end of the file says EINVAL, like to a bad argument",
+    kernels="6.12.117, 6.18.44",
+    advice="Where the file may be truncated meanwhile, take EINVAL of UFFDIO_CONTINUE like EFAULT.",
+)
+
+
+def continue_beyond_eof(ctx: Context) -> None:
+    """Truncate the file in front of page 1, which is registered, and continue there."""
+    with cached(ctx):
+        os.ftruncate(ctx.dst.fd or -1, ctx.page_size)
+        ctx.uffd.continue_(ctx.dst.page(1))
+
+
+@uffd_case(
+    "continue-beyond-eof", mem=(SHMEM, SHMEM_PRIVATE), features=MINORS, pages=2, rows=("CT-08",), defect=D_BEYOND_EOF
+)
+def test_continue_beyond_eof(ctx: Context) -> None:
+    """UFFDIO_CONTINUE says EFAULT beyond the end of the file, where the page cache has no page."""
+    with promise("CT-08"), refuses(EFAULT):
+        continue_beyond_eof(ctx)
+
+
+@uffd_case("continue-beyond-eof-refused", mem=FILE, features=MINORS, pages=2, rows=("CT-08",), kind=Kind.DETAIL)
+def test_continue_beyond_eof_refused(ctx: Context) -> None:
+    """UFFDIO_CONTINUE beyond the end of the file is refused in any case, with EFAULT or, of shmem, EINVAL."""
+    with promise("CT-08"):
+        try:
+            continue_beyond_eof(ctx)
+        except UffdError as error:
+            expect(error.output, -(error.errno or 0), "mapped")
+            if error.errno != EFAULT and (error.errno != EINVAL or ctx.mem.hugetlb):
+                raise
+        else:
+            raise AssertionError("expected EFAULT or EINVAL; the call succeeded")
+    Pagemap.expect_present(ctx.dst)
+
+
+D_NOT_OFFERED = Defect(
+    id="D-CT-12",
+    summary="UFFDIO_CONTINUE works on a range registered for missing faults only, which did not offer it",
+    kernels="6.12.117, 6.18.44",
+    advice="Nothing breaks; do not rely on it.",
+)
+
+
+@uffd_case("continue-not-offered", mem=FILE, features=MINORS, pages=2, rows=("CT-12",), defect=D_NOT_OFFERED)
+def test_continue_not_offered(ctx: Context) -> None:
+    """UFFDIO_CONTINUE is refused where UFFDIO_REGISTER did not offer it."""
+    with cached(ctx, mode=MISSING), promise("CT-12"), refuses(EINVAL):
+        ctx.uffd.continue_(ctx.dst.page(0))
+
+
+@uffd_case("continue-missing-only", mem=FILE, features=MINORS, pages=2, rows=("CT-12",), kind=Kind.DETAIL)
+def test_continue_missing_only(ctx: Context) -> None:
+    """Where it was not offered UFFDIO_CONTINUE is either refused or does all of its work."""
+    with cached(ctx, mode=MISSING), promise("CT-12"):
+        try:
+            ctx.uffd.continue_(ctx.dst.page(0))
+        except UffdError as error:
+            expect((error.errno, error.output), (EINVAL, -EINVAL), "errno and output")
+            Pagemap.expect_present(ctx.dst)
+        else:
+            expect_mapped(ctx, 0)
+
+
+@uffd_case("continue-unread-event", mem=FILE, features=MINORS | Feature.EVENT_REMOVE, pages=2, rows=("CT-22",))
+def test_continue_unread_event(ctx: Context) -> None:
+    """Until an event is read UFFDIO_CONTINUE says EAGAIN, before it looks at anything else, and maps nothing."""
+    page = ctx.dst.page(0)
+    with cached(ctx):
+        with promise("CT-22"), unread_event(ctx.uffd, ctx.dst.page(1)):
+            for where in (page, Range(0, 0)):
+                with refuses(EAGAIN):
+                    ctx.uffd.continue_(where)
+            Pagemap.expect_present(ctx.dst)
+        ctx.uffd.continue_(page)
+        expect_mapped(ctx, 0)
+
+
+@uffd_case("continue-orphaned", mem=FILE, features=MINORS, pages=2, rows=("CT-22",))
+def test_continue_orphaned(ctx: Context) -> None:
+    """UFFDIO_CONTINUE says ESRCH when the address space is gone."""
+    with orphaned(ctx.dst.range, MINOR) as uffd, promise("CT-22"), refuses(ESRCH, output=UNTOUCHED):
+        uffd.continue_(ctx.dst.page(0))
