@@ -153,6 +153,18 @@ class Area:
             self._alias = Range(self._map(), self.nr_pages * self.page_size)
         return self._alias
 
+    @contextmanager
+    def file_view(self) -> Iterator[Range]:
+        """Map the area's file once more, shared even if the area is private: what is written there is in the file."""
+        if self.fd is None:
+            raise ValueError("anonymous memory has no file")
+        length = self.nr_pages * self.page_size
+        view = Range(map_memory(length, flags=MAP_SHARED | MAP_NORESERVE, fd=self.fd), length)
+        try:
+            yield view
+        finally:
+            unmap(view)
+
     def page(self, number: int, count: int = 1) -> Range:
         """The range of ``count`` pages from page ``number`` on."""
         return Range(self.start + number * self.page_size, count * self.page_size)

@@ -28,17 +28,14 @@ from uffd_selftests.common import (
     refuses,
 )
 from uffd_selftests.kernel import open_debugfs
-from uffd_selftests.mem_types import ANON, HUGETLB, HUGETLB_PRIVATE, SHMEM, SHMEM_PRIVATE, Area
+from uffd_selftests.mem_types import ANON, HUGETLB, HUGETLB_PRIVATE, SHMEM, SHMEM_PRIVATE
 from uffd_selftests.memory import (
-    MAP_NORESERVE,
-    MAP_SHARED,
     PAGE_SIZE,
     PROT_READ,
     Advice,
     Range,
     advise,
     errno_name,
-    map_memory,
     peek,
     poke,
     protect,
@@ -62,22 +59,10 @@ CACHED = PagefaultFlag.MINOR
 
 
 @contextmanager
-def view(area: Area) -> Iterator[Range]:
-    """Map the area's file once more, shared and unregistered: what is written there is in the page cache."""
-    assert area.fd is not None
-    length = area.range.len
-    where = Range(map_memory(length, flags=MAP_SHARED | MAP_NORESERVE, fd=area.fd), length)
-    try:
-        yield where
-    finally:
-        unmap(where)
-
-
-@contextmanager
 def cached(ctx: Context, *pages: int, mode: RegisterMode = MINOR) -> Iterator[Range]:
-    """Register the area, and put these pages (none given: all) into the page cache through the view yielded."""
+    """Register the area, and put these pages (none given: all) into the page cache through the mapping yielded."""
     ctx.uffd.register(ctx.dst.range, mode)
-    with view(ctx.dst) as where:
+    with ctx.dst.file_view() as where:
         for page in pages or range(ctx.nr_pages):
             ctx.dst.pattern.fill(where.start, page, 1)
         yield where
@@ -160,7 +145,7 @@ def test_continue_dontwake(ctx: Context) -> None:
 @uffd_case("continue-eexist", mem=FILE, features=MINORS, pages=3, rows=("CT-04",))
 def test_continue_eexist(ctx: Context) -> None:
     """UFFDIO_CONTINUE refuses a page that is mapped already, be it from the page cache or a private copy."""
-    with view(ctx.dst) as where:
+    with ctx.dst.file_view() as where:
         ctx.dst.pattern.fill(where.start, 0, 3)
         peek(ctx.dst.start)
         poke(ctx.dst.page(1).start, b"own")
@@ -437,7 +422,7 @@ def test_continue_output_read_only(ctx: Context) -> None:
 @uffd_case("continue-elsewhere", mem=FILE, features=MINORS, pages=4, rows=("CT-09",))
 def test_continue_elsewhere(ctx: Context) -> None:
     """UFFDIO_CONTINUE wants its whole range in one registered mapping, else it maps nothing."""
-    with view(ctx.dst) as where:
+    with ctx.dst.file_view() as where:
         ctx.dst.pattern.fill(where.start, 0, 4)
         with promise("CT-09", "not registered"), refuses(ENOENT):
             ctx.uffd.continue_(ctx.dst.page(0))
