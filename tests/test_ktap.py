@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""KTAP comes out as its readers want it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+
+import pytest
+from tap.parser import Parser  # type: ignore[import-untyped]
+
+from uffd_selftests.harness import ktap
+from uffd_selftests.harness.results import Planned, Result, first_sentence
+
+
+def result(name: str, outcome: str, reason: str = "", *diagnostics: str) -> Result:
+    """Return a result without a test."""
+    return Result(Planned(name, name, name), outcome, reason, list(diagnostics))
+
+
+@pytest.mark.parametrize(
+    ("outcome", "reason", "line"),
+    [
+        ("pass", "", "ok 7 move on anon"),
+        ("fail", "", "not ok 7 move on anon"),
+        ("skip", "kernel lacks UFFD_FEATURE_MOVE", "ok 7 move on anon # SKIP kernel lacks UFFD_FEATURE_MOVE"),
+        ("xfail", "D-UNR-11: sleeps on", "ok 7 move on anon # XFAIL D-UNR-11: sleeps on"),
+        ("xpass", "", "ok 7 move on anon # XPASS"),
+        ("timeout", "30 seconds", "not ok 7 move on anon # TIMEOUT 30 seconds"),
+        ("error", "killed by SIGBUS", "not ok 7 move on anon # ERROR killed by SIGBUS"),
+        ("skip", "line one\nline two # TODO", "ok 7 move on anon # SKIP line one line two \\# TODO"),
+    ],
+)
+def test_result_line(outcome: str, reason: str, line: str) -> None:
+    """Each outcome has its line; nothing in a reason breaks it."""
+    assert ktap.result_line(7, result("move on anon", outcome, reason)) == line
+
+
+def test_name_without_hash() -> None:
+    """A name with a number sign would end there for the kernel's parser."""
+    assert ktap.result_line(1, result("a # b\nc", "pass")) == "ok 1 a b c"
+
+
+def test_run() -> None:
+    """A run has its version and plan first, diagnostics before their result, totals last, and numbers in order."""
+    stream = io.StringIO()
+    writer = ktap.Writer(stream)
+    writer.plan(2, ["Linux 7.0"])
+    writer.result(result("first", "fail", "", "promise: it works.", "two\nlines"))
+    writer.result(result("second", "pass"))
+    writer.totals({"fail": 1, "pass": 1, "timeout": 2})
+    assert stream.getvalue().splitlines() == [
+        "TAP version 13",
+        "1..2",
+        "# Linux 7.0",
+        "# promise: it works.",
+        "# two",
+        "# lines",
+        "not ok 1 first",
+        "ok 2 second",
+        "# Totals: pass:1 fail:3 xfail:0 xpass:0 skip:0 error:0",
+    ]
+
+
+def test_independent_reader() -> None:
+    """tap.py reads what was meant."""
+    stream = io.StringIO()
+    writer = ktap.Writer(stream)
+    writer.plan(3)
+    writer.result(result("wp-fork-pin on shmem", "skip", "CONFIG_GUP_TEST: ENOENT"))
+    writer.result(result("UFFDIO_API (with /dev/userfaultfd)", "pass"))
+    writer.result(result("events on anon", "timeout", "30 seconds"))
+    writer.bail_out("interrupted by SIGINT")
+    version, plan, *tests, bail = Parser().parse_text(stream.getvalue())
+    assert (version.version, plan.expected_tests, bail.reason) == (13, 3, "interrupted by SIGINT")
+    assert [(test.number, test.ok, test.skip) for test in tests] == [
+        (1, True, True),
+        (2, True, False),
+        (3, False, False),
+    ]
+    assert tests[1].description == "UFFDIO_API (with /dev/userfaultfd)"
+
+
+def test_broken_pipe() -> None:
+    """When a reader goes away, the other stream still gets everything, and the caller hears of it once."""
+    reader, writing = os.pipe()
+    os.close(reader)
+    kept = io.StringIO()
+    with contextlib.suppress(BrokenPipeError), open(writing, "w") as broken:  # closing it fails as well
+        writer = ktap.Writer(broken, kept)
+        with pytest.raises(BrokenPipeError):
+            writer.plan(1)
+        writer.result(result("only", "pass"))
+    assert kept.getvalue() == "TAP version 13\n1..1\nok 1 only\n"
+
+
+@pytest.mark.parametrize(
+    ("docstring", "sentence"),
+    [
+        (None, ""),
+        ("One line without a full stop", "One line without a full stop"),
+        ("One sentence. Another one.", "One sentence."),
+        ("A sentence over\n    two lines (ROW-1). More.\n\n    And more.", "A sentence over two lines (ROW-1)."),
+        ("A title\n\nMore.", "A title"),
+    ],
+)
+def test_first_sentence(docstring: str | None, sentence: str) -> None:
+    """The promise in a diagnostic is the first sentence of the docstring, in one line."""
+    assert first_sentence(docstring) == sentence
