@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from uffd_selftests import memory, syscalls
-from uffd_selftests.common import DEADLINE, Fault, Removed, Uffd, eventually, expect
+from uffd_selftests.common import DEADLINE, DEFAULT_FLAGS, Fault, Removed, Uffd, eventually, expect
 from uffd_selftests.mem_types import Area
 from uffd_selftests.memory import Range
 from uffd_selftests.native import lib
@@ -299,9 +299,26 @@ class Child:
         try:
             return self.channel.receive_fds()
         except AssertionError:
-            if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if self._ended:
                 self.wait()
             raise
+
+    def expect_in_event(self) -> None:
+        """Wait until the child waits for its event to be read: fork, mremap, madvise or munmap."""
+
+        def waits() -> bool:
+            if WCHAN_SHOWN:
+                return "userfaultfd" in Path(f"/proc/{self.pid}/wchan").read_text()
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "D"
+
+        eventually(lambda: self._ended or waits(), "the child process to wait until its event is read")
+        if self._ended:
+            self.wait()
+            raise AssertionError("expected the child process to wait until its event is read; it has ended")
+
+    @property
+    def _ended(self) -> bool:
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def kill(self) -> None:
         """Kill the child and wait for its end, whatever that was."""
@@ -340,6 +357,32 @@ class Child:
             self.wait()
         else:
             self.kill()
+
+
+@contextmanager
+def monitored(
+    where: Range,
+    mode: RegisterMode,
+    life: Callable[[Channel], object],
+    features: Feature = Feature(0),
+    flags: int = DEFAULT_FLAGS,
+) -> Iterator[tuple[Child, Uffd]]:
+    """Run ``life`` in a child process that has registered the range; the block has its handle, and nobody else.
+
+    At the end of the block the child must come to its end, then the handle is closed.
+    """
+
+    def target(channel: Channel) -> None:
+        with Uffd.open(features, flags) as uffd:
+            uffd.register(where, mode)
+            channel.send(None, uffd.fd)
+        life(channel)
+
+    with Child(target) as child:
+        _, (fd,) = child.receive_fds()
+        with Uffd(fd, features) as uffd:
+            yield child, uffd
+            child.wait()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ _GENERIC = ("aarch64", "riscv64", "loongarch64")
 
 # Name: number on x86-64, number in the generic table (scripts/syscall.tbl of the kernel).
 _NUMBERS = {
+    "brk": (12, 214),
     "capget": (125, 90),
     "capset": (126, 91),
     "clone": (56, 220),
@@ -36,6 +37,7 @@ _NUMBERS = {
     "mlockall": (151, 230),
     "mseal": (462, 462),
     "munlock": (150, 229),
+    "munlockall": (152, 231),
     "pidfd_open": (434, 434),
     "prctl": (157, 167),
     "preadv2": (327, 286),
