@@ -171,18 +171,16 @@ def test_read_fifo(ctx: Context) -> None:
 def test_read_faults_first(ctx: Context) -> None:
     """Page faults are read before events, events in the order in which they happened."""
     ctx.uffd.register(ctx.dst.range, MISSING)
-    first, second = ctx.dst.page(2), ctx.dst.page(1)
-    with Waiter(lambda: advise(first, Advice.DONTNEED)) as one, Waiter(lambda: advise(second, Advice.DONTNEED)) as two:
-        one.expect_in_event()
-        two.expect_in_event()
-        with Waiter(lambda: peek(ctx.dst.start)):
-            eventually(lambda: ctx.uffd.fdinfo.pending == 1, "an unread fault")
-            fault = Fault(ctx.dst.start, PagefaultFlag(0))
-            events = [Removed(where.start, where.end) for where in (first, second)]
-            expect(ctx.uffd.read(4), [fault, *events], "messages of one read")
-            one.result()
-            two.result()
-            ctx.uffd.copy(ctx.dst.start, ctx.src.start, PAGE_SIZE)
+    with ExitStack() as stack:
+        events, waiters = [], []
+        for page in (ctx.dst.page(2), ctx.dst.page(1)):
+            waiters.append(stack.enter_context(Waiter(partial(advise, page, Advice.DONTNEED))))
+            waiters[-1].expect_in_event()
+            events.append(Removed(page.start, page.end))
+        with faults(ctx, 0) as messages:
+            expect(ctx.uffd.read(4), messages + events, "messages of one read")
+            for waiter in waiters:
+                waiter.result()  # while an event is under way, pages cannot be filled
 
 
 @uffd_case("read-once", mem=ALL, pages=2, rows=("RD-15",))
