@@ -67,9 +67,13 @@ class Advice(IntEnum):
         return f"MADV_{self.name}"
 
 
+EHWPOISON: int = getattr(errno, "EHWPOISON", 133)
+"""The standard library has the name since Python 3.14; a few old architectures have another number."""
+
+
 def errno_name(number: int) -> str:
     """Return the symbolic name of an error number of either sign: ``EEXIST``, ``-EEXIST``; others as they are."""
-    name = errno.errorcode.get(abs(number))
+    name = {EHWPOISON: "EHWPOISON", **errno.errorcode}.get(abs(number))
     if name is None:
         return str(number)
     return name if number > 0 else f"-{name}"
