@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import textwrap
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,6 +92,7 @@ class Starter:
             stderr=subprocess.PIPE,
             text=True,
             cwd=self.folder,
+            preexec_fn=_heed_interrupts,  # noqa: PLW1509  # there are no threads here
             env={**clean, "PYTHONPATH": str(ROOT), MARK: mark, **(env or {})},
         )
         self.runs.append(Run(process, mark, folder))
@@ -107,6 +110,11 @@ class Starter:
             for stream in (run.process.stdout, run.process.stderr):
                 if stream:
                     stream.close()
+
+
+def _heed_interrupts() -> None:
+    """Undo what a shell does to its background jobs."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture
@@ -146,11 +154,5 @@ class SuiteWriter:
             from uffd_selftests.mem_types import ALL, ANON, HUGETLB, SHMEM
             from uffd_selftests.uapi import Feature
         """
-        self.path.write_text("\n".join(_dedent(part) for part in (imports, text)))
+        self.path.write_text(textwrap.dedent(imports) + textwrap.dedent(text))
         return str(self.path)
-
-
-def _dedent(text: str) -> str:
-    import textwrap  # noqa: PLC0415
-
-    return textwrap.dedent(text)

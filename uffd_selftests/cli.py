@@ -129,6 +129,7 @@ def _pytest_arguments(args: argparse.Namespace, passed: list[str], ktap_fd: int)
     paths = [path for argument in passed if (path := _path(argument))]
     root = next((path.parent for path in paths if PACKAGE.parent not in path.parents), PACKAGE.parent)
     yield from ("-c", os.devnull, f"--rootdir={root}", f"--confcutdir={CASES}")
+    yield from ("-o", "verbosity_assertions=2")  # whole explanations: nobody can ask again with -v
     yield from ("-p", "uffd_selftests.harness.plugin", f"--ktap-fd={ktap_fd}")
     for each in OPTIONS:
         if (value := getattr(args, each.name)) is not None:

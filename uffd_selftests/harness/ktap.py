@@ -59,15 +59,8 @@ class Writer:
         self._number = 0
         self._started = False
 
-    def start(self) -> None:
-        """Write the version line, once."""
-        if not self._started:
-            self._started = True
-            self._write(VERSION)
-
     def plan(self, count: int, remarks: Iterable[str] = ()) -> None:
         """Announce how many results will come, and say what the reader should know."""
-        self.start()
         self._write(f"1..{count}", *diagnostic_lines(remarks))
 
     def result(self, result: Result) -> None:
@@ -77,7 +70,6 @@ class Writer:
 
     def bail_out(self, why: str) -> None:
         """Say that no more results will come."""
-        self.start()
         self._write(f"Bail out! {escape(why)}")
 
     def totals(self, counts: Mapping[str, int]) -> None:
@@ -85,6 +77,9 @@ class Writer:
         self._write(totals_line(counts))
 
     def _write(self, *lines: str) -> None:
+        if not self._started:
+            self._started = True
+            lines = (VERSION, *lines)
         text = "".join(f"{line}\n" for line in lines)
         broken: BrokenPipeError | None = None
         for stream in list(self._streams):

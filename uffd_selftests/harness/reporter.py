@@ -38,7 +38,7 @@ from uffd_selftests.harness import ktap
 from uffd_selftests.harness.results import Planned, Result, judge
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from uffd_selftests.harness.interrupts import Signals
     from uffd_selftests.harness.settings import Settings
@@ -84,7 +84,8 @@ class Reporter:
         """Announce the results to come."""
         self._open = {planned.nodeid: planned for planned in plan}
         self._planned = len(self._open)
-        self._ktap.plan(self._planned, remarks)
+        with self._ending_without_reader():
+            self._ktap.plan(self._planned, remarks)
 
     @pytest.hookimpl
     def pytest_runtest_logstart(self, nodeid: str) -> None:
@@ -111,9 +112,15 @@ class Reporter:
         """Write a result."""
         self.results.append(result)
         self._show("")
-        try:
+        with self._ending_without_reader():
             self._ktap.result(result)
-        except BrokenPipeError:  # nobody reads on: end as programs do then
+
+    @contextlib.contextmanager
+    def _ending_without_reader(self) -> Iterator[None]:
+        """End the run as a program ends when nobody reads its output any more."""
+        try:
+            yield
+        except BrokenPipeError:
             self._signals.interrupt(signal.SIGPIPE)
 
     def finish(self, interrupted: str) -> None:
