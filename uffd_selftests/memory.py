@@ -132,6 +132,18 @@ def unmap(where: Range) -> None:
     checked(lib.uffd_munmap(where.start, where.len), f"munmap({where.start:#x}, {where.len})")
 
 
+@contextmanager
+def mapped(
+    length: int, *, prot: int = PROT_READ | PROT_WRITE, flags: int, fd: int = -1, offset: int = 0
+) -> Iterator[Range]:
+    """Have memory mapped where the kernel likes, for as long as the block runs."""
+    where = Range(map_memory(length, prot=prot, flags=flags, fd=fd, offset=offset), length)
+    try:
+        yield where
+    finally:
+        unmap(where)
+
+
 def remap(where: Range, new_len: int | None = None, *, to: int | None = None, flags: int = MREMAP_MAYMOVE) -> int:
     """mremap(2); returns the new address. ``to`` adds MREMAP_FIXED."""
     new_len = where.len if new_len is None else new_len
