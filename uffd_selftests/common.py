@@ -24,15 +24,22 @@ from uffd_selftests import uapi
 from uffd_selftests.kernel import open_debugfs
 from uffd_selftests.mem_types import Area, MemType, pmd_size
 from uffd_selftests.memory import (
+    MAP_ANONYMOUS,
+    MAP_NORESERVE,
+    MAP_PRIVATE,
     PAGE_SIZE,
+    PROT_NONE,
+    PROT_READ,
     Advice,
     KernelError,
     Range,
     advise,
     checked,
     errno_name,
+    map_memory,
     pmd_mapped,
     smaps_fields,
+    unmap,
 )
 from uffd_selftests.native import ffi, lib
 from uffd_selftests.uapi import (
@@ -829,6 +836,24 @@ def expect_mappings(area: Area, *pages: int) -> None:
     """Assert how the kernel has cut an area into mappings: the number of pages of each."""
     seen = [mapping.len // area.page_size for mapping, _ in _mappings(area.range)]
     expect(seen, list(pages), "pages in each mapping of the area")
+
+
+@contextmanager
+def no_mapping_left() -> Iterator[None]:
+    """Use up vm.max_map_count: in the block no mapping of this process can be split."""
+    with open("/proc/sys/vm/max_map_count") as file:
+        limit = int(file.read())
+    if limit > 1 << 17:
+        raise Skip(f"vm.max_map_count is {limit}, so many mappings would take long to make: set it to 65530")
+    length = (limit + 2) * PAGE_SIZE
+    pieces = Range(map_memory(length, prot=PROT_NONE, flags=MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE), length)
+    try:
+        for start in range(pieces.start + PAGE_SIZE, pieces.end, 2 * PAGE_SIZE):
+            if lib.uffd_mprotect(start, PAGE_SIZE, PROT_READ) == -errno.ENOMEM:
+                break
+        yield
+    finally:
+        unmap(pieces)
 
 
 def small_area(ctx: Context) -> Area:

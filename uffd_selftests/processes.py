@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from uffd_selftests import memory, syscalls
 from uffd_selftests.common import DEADLINE, DEFAULT_FLAGS, Fault, Removed, Uffd, eventually, expect
@@ -25,6 +25,8 @@ from uffd_selftests.mem_types import Area
 from uffd_selftests.memory import Range
 from uffd_selftests.native import lib
 from uffd_selftests.uapi import Feature, PagefaultFlag, RegisterMode
+
+T = TypeVar("T")
 
 NOBODY = 65534
 """User and group id without any privilege."""
@@ -182,12 +184,12 @@ def handled(number: int, *, restart: bool = False) -> Iterator[list[int]]:
         signal.signal(number, previous)
 
 
-def undisturbed(uffd: Uffd, call: Callable[[], object]) -> object:
+def undisturbed(uffd: Uffd, call: Callable[[], T]) -> T:
     """Make a call that may fault, but not in ``uffd``, and return its result; AssertionError when a message comes."""
     with Waiter(call) as waiter:
         eventually(lambda: waiter.done or uffd.readable(), "the call to return")
         uffd.expect_no_message()
-        return waiter.result()
+        return cast(T, waiter.result())
 
 
 @contextmanager
@@ -299,7 +301,7 @@ class Child:
         try:
             return self.channel.receive_fds()
         except AssertionError:
-            if self._ended:
+            if self.ended:
                 self.wait()
             raise
 
@@ -311,13 +313,14 @@ class Child:
                 return "userfaultfd" in Path(f"/proc/{self.pid}/wchan").read_text()
             return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "D"
 
-        eventually(lambda: self._ended or waits(), "the child process to wait until its event is read")
-        if self._ended:
+        eventually(lambda: self.ended or waits(), "the child process to wait until its event is read")
+        if self.ended:
             self.wait()
             raise AssertionError("expected the child process to wait until its event is read; it has ended")
 
     @property
-    def _ended(self) -> bool:
+    def ended(self) -> bool:
+        """Whether the child has come to its end, and wait() or kill() has not been called."""
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def kill(self) -> None:
