@@ -258,7 +258,7 @@ def test_failure_is_not_masked(cli: Starter, suite: SuiteWriter) -> None:
         "ok 1 skips # SKIP why not",
         "# promise: The kernel does as it says.",
         "# AssertionError: pages: expected 3, got 2",
-        "# at test_inner.py:16",
+        "# at test_inner.py:15",
         "not ok 2 fails",
         "# Totals: pass:0 fail:1 xfail:0 xpass:0 skip:1 error:0",
     ]

@@ -83,7 +83,7 @@ def sentence(things: Iterable[Missing]) -> str:
 
 
 def _dashed(name: str) -> str:
-    return name.lower().replace("_", "-")
+    return name.lower().replace("_", "-").replace(" ", "-")
 
 
 def _bits(features: Feature) -> list[Feature]:
