@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from errno import EAGAIN, EEXIST, EFAULT, EINVAL, ENOENT, EPERM, ESRCH
@@ -52,8 +51,9 @@ from uffd_selftests.memory import (
     touch,
     touch_trapped,
     unmap,
+    user_space_end,
 )
-from uffd_selftests.processes import Channel, Child, Waiter, faulting, faulting_pages, orphaned, undisturbed
+from uffd_selftests.processes import Channel, Child, Waiter, faulting, faulting_pages, monitored, orphaned, undisturbed
 from uffd_selftests.uapi import CopyMode, Feature, PagefaultFlag, RegisterMode
 
 WP_ANYWHERE = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
@@ -179,24 +179,18 @@ def test_copy_eight_threads(ctx: Context) -> None:
 def test_copy_remote(ctx: Context) -> None:
     """A monitor in another process fills the memory of the handle's process, and from its own, not the other's."""
     ctx.src.fill()
-
     with closing(ANON.allocate(ctx.page_size // PAGE_SIZE)) as source:
-
-        def target(channel: Channel) -> None:
-            poke(source.start, bytes(ctx.page_size))
-            with Uffd.open() as uffd:
-                uffd.register(ctx.dst.range, MISSING)
-                channel.send(None, uffd.fd)
-                ctx.dst.expect_pattern_of(ctx.src, 0, 1)
-
         poke(source.start, peek(ctx.src.start, ctx.page_size))
-        with Child(target) as child:
-            _, (fd,) = child.receive_fds()
-            with Uffd(fd) as uffd:
-                uffd.wait_fault(ctx.dst.start)
-                uffd.copy(ctx.dst.start, source.start, ctx.page_size)
-                child.wait()
-        Pagemap.expect_present(ctx.dst)
+
+        def life(_: Channel) -> None:
+            poke(source.start, bytes(ctx.page_size))
+            ctx.dst.expect_pattern_of(ctx.src, 0, 1)
+
+        with monitored(ctx.dst.range, MISSING, life) as (child, uffd):
+            uffd.wait_fault(ctx.dst.start)
+            uffd.copy(ctx.dst.start, source.start, ctx.page_size)
+            child.wait()
+    Pagemap.expect_present(ctx.dst)
 
 
 @uffd_case("copy-inherited", mem=ALL, pages=2, rows=("CP-45",), kind=Kind.DETAIL)
@@ -240,9 +234,13 @@ def test_copy_bad_source_range(ctx: Context) -> None:
     with promise("CP-06", "src + len wraps"), refuses(EINVAL, output=UNTOUCHED):
         ctx.uffd.copy(page.start, (1 << 64) - PAGE_SIZE, page.len)
     checked = Feature.POISON in ctx.uffd.offered  # Linux 6.6; before, the source was looked at when it was read
-    refused = refuses(EINVAL, output=UNTOUCHED) if checked else refuses(EFAULT)
-    with promise("CP-06", "src beyond user space"), refused:
-        ctx.uffd.copy(page.start, 1 << 63, page.len)
+    end = user_space_end() or 1 << 63
+    for what, source in ("beyond user space", 1 << 63), ("at its end", end), ("across its end", end - PAGE_SIZE + 1):
+        with promise("CP-06", f"src {what}"), refuses(EINVAL, output=UNTOUCHED) if checked else refuses(EFAULT):
+            ctx.uffd.copy(page.start, source, page.len)
+    if end < 1 << 63:
+        with promise("CP-06", "src ends with user space"), refuses(EFAULT):
+            ctx.uffd.copy(page.start, end - PAGE_SIZE, page.len)
     Pagemap.expect_present(ctx.dst)
 
 
@@ -570,34 +568,13 @@ def test_copy_during_fork(ctx: Context) -> None:
     ctx.dst.expect_pattern_of(ctx.src, 0, 1)
 
 
-@uffd_case("copy-target-exited", mem=ALL, pages=2, rows=("CP-16",))
-def test_copy_target_exited(ctx: Context) -> None:
-    """UFFDIO_COPY into a process that has exited says ESRCH and leaves the output field alone."""
-    with orphaned(ctx.dst.range, MISSING) as uffd, refuses(ESRCH, output=UNTOUCHED):
-        uffd.copy(ctx.dst.start, ctx.src.start, ctx.page_size)
-
-
-@uffd_case("copy-target-exec", mem=(ANON,), pages=2, rows=("CP-16",))
-def test_copy_target_exec(ctx: Context) -> None:
-    """A process that executes another program has left its memory: UFFDIO_COPY says ESRCH."""
-    done_read, done_write = os.pipe()
-    exec_read, exec_write = os.pipe2(os.O_CLOEXEC)
-
-    def target(channel: Channel) -> None:
-        with Uffd.open() as uffd:
-            uffd.register(ctx.dst.range, MISSING)
-            channel.send(None, uffd.fd)
-            os.close(done_write)
-            os.dup2(done_read, 0)
-            os.execvp("cat", ["cat"])
-
-    with Child(target) as child:
-        _, (fd,) = child.receive_fds()
-        os.close(exec_write)
-        expect(os.read(exec_read, 1), b"", "the pipe that exec closes")
-        with Uffd(fd) as uffd, refuses(ESRCH, output=UNTOUCHED):
+@uffd_case("copy-target-gone", mem=ALL, pages=2, rows=("CP-16",))
+def test_copy_target_gone(ctx: Context) -> None:
+    """UFFDIO_COPY into a process that has exited, or runs another program now, says ESRCH and writes no output."""
+    for by_exec in False, True:
+        gone = orphaned(ctx.dst.range, MISSING, by_exec=by_exec)
+        with gone as uffd, promise("CP-16", "exec" if by_exec else "exit"), refuses(ESRCH, output=UNTOUCHED):
             uffd.copy(ctx.dst.start, ctx.src.start, ctx.page_size)
-        os.close(done_write)
 
 
 # ---- a handle that does not own the range --------------------------------------------------------------------------
