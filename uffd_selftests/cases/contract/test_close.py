@@ -27,8 +27,10 @@ from uffd_selftests.common import (
     expect,
     expect_mappings,
     expect_modes,
+    huge_area,
     promise,
     refuses,
+    swap_out,
 )
 from uffd_selftests.mem_types import ALL, ANON, HUGETLB, SHMEM, SHMEM_PRIVATE
 from uffd_selftests.memory import (
@@ -36,6 +38,7 @@ from uffd_selftests.memory import (
     advise,
     expect_bytes,
     peek,
+    pmd_mapped,
     poke,
     remap,
     smaps_fields,
@@ -487,3 +490,27 @@ def test_close_wp_unpopulated(ctx: Context) -> None:
     ctx.uffd.writeprotect(ctx.dst.range)
     Pagemap.expect_protected(ctx.dst, [0, 1], "before the last close")
     close_protected(ctx)
+
+
+@uffd_case("close-wp-swapped", mem=(ANON,), features=WRITEPROTECT, needs=("swap",), pages=2, rows=("CL-10",))
+def test_close_wp_swapped(ctx: Context) -> None:
+    """The last close takes the protection off pages that are swapped out."""
+    ctx.dst.fill()
+    ctx.uffd.register(ctx.dst.range, WP)
+    ctx.uffd.writeprotect(ctx.dst.range)
+    swap_out(ctx.dst.range)
+    Pagemap.expect_protected(ctx.dst, [0, 1], "before the last close")
+    close_protected(ctx)
+    ctx.dst.expect_pattern(ctx.dst.range)
+
+
+@uffd_case("close-wp-thp", mem=(ANON,), features=WRITEPROTECT, needs=("thp",), pages=1, rows=("CL-10",))
+def test_close_wp_thp(ctx: Context) -> None:
+    """The last close takes the protection off a transparent huge page."""
+    area = huge_area(ctx)
+    ctx.uffd.register(area.range, WP)
+    ctx.uffd.writeprotect(area.range)
+    expect(pmd_mapped(area.range), area.range.len, "bytes mapped as a huge page, protected")
+    ctx.uffd.close()
+    Pagemap.expect_protected(area, [], "after the last close")
+    area.expect_pattern(area.range)
