@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from errno import EAGAIN, EEXIST, EFAULT, EINVAL, EIO, ENOENT, ESRCH
-from signal import SIGSEGV
+from signal import SIGBUS, SIGSEGV
 
-from uffd_selftests import syscalls, uapi
+from uffd_selftests import uapi
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
     MINOR,
@@ -28,7 +28,7 @@ from uffd_selftests.common import (
     refuses,
 )
 from uffd_selftests.kernel import open_debugfs
-from uffd_selftests.mem_types import ANON, HUGETLB, HUGETLB_PRIVATE, SHMEM, SHMEM_PRIVATE
+from uffd_selftests.mem_types import ANON, HUGETLB, HUGETLB_PRIVATE, SHMEM, SHMEM_PRIVATE, Area
 from uffd_selftests.memory import (
     PAGE_SIZE,
     PROT_READ,
@@ -44,7 +44,7 @@ from uffd_selftests.memory import (
     touch_trapped,
     unmap,
 )
-from uffd_selftests.processes import faulting, orphaned, undisturbed, unread_event
+from uffd_selftests.processes import faulting, handled, orphaned, undisturbed, unread_event
 from uffd_selftests.uapi import PM_PFN_MASK, ContinueMode, Feature, PagefaultFlag, RegisterMode
 
 FILE = (SHMEM, SHMEM_PRIVATE, HUGETLB, HUGETLB_PRIVATE)
@@ -66,6 +66,15 @@ def cached(ctx: Context, *pages: int, mode: RegisterMode = MINOR) -> Iterator[Ra
         for page in pages or range(ctx.nr_pages):
             ctx.dst.pattern.fill(where.start, page, 1)
         yield where
+
+
+@contextmanager
+def faulting_pages(ctx: Context, *flags: PagefaultFlag) -> Iterator[None]:
+    """Have a thread asleep on each page, the message of the first having the first of these flags, and so on."""
+    with ExitStack() as stack:
+        for page, flag in enumerate(flags):
+            stack.enter_context(faulting(ctx.uffd, ctx.dst.page(page).start, flags=flag))
+        yield
 
 
 def expect_mapped(ctx: Context, *pages: int) -> None:
@@ -101,12 +110,14 @@ def test_continue_maps(ctx: Context) -> None:
 @uffd_case("continue-flags", mem=FILE, features=MINORS, pages=2, rows=("CT-01", "CT-03"))
 def test_continue_flags(ctx: Context) -> None:
     """A read of a cached page is announced with MINOR alone, a write with MINOR and WRITE."""
-    with cached(ctx):
-        for page, write in enumerate((False, True)):
-            flags = CACHED | PagefaultFlag.WRITE if write else CACHED
-            where = ctx.dst.page(page)
-            with promise("CT-03" if write else "CT-01"), faulting(ctx.uffd, where.start, write=write, flags=flags):
-                ctx.uffd.continue_(where)
+    first, second = ctx.dst.page(0), ctx.dst.page(1)
+    with cached(ctx) as where:
+        with promise("CT-01"), faulting(ctx.uffd, first.start, flags=CACHED):
+            ctx.uffd.continue_(first)
+        same = peek(where.start + ctx.page_size)
+        write = CACHED | PagefaultFlag.WRITE
+        with promise("CT-03"), faulting(ctx.uffd, second.start, call=lambda: poke(second.start, same), flags=write):
+            ctx.uffd.continue_(second)
         expect_mapped(ctx, 0, 1)
     ctx.uffd.expect_no_message()
 
@@ -114,9 +125,7 @@ def test_continue_flags(ctx: Context) -> None:
 @uffd_case("continue-wakes", mem=FILE, features=MINORS, pages=4, rows=("CT-01",))
 def test_continue_wakes(ctx: Context) -> None:
     """UFFDIO_CONTINUE wakes who waits for one of its pages, and nobody on the pages beside them."""
-    with cached(ctx), ExitStack() as waiters:
-        for page in range(4):
-            waiters.enter_context(faulting(ctx.uffd, ctx.dst.page(page).start, flags=CACHED))
+    with cached(ctx), faulting_pages(ctx, CACHED, CACHED, CACHED, CACHED):
         ctx.uffd.continue_(ctx.dst.page(1, 2))
         ctx.uffd.expect_still_asleep(2)
         expect_mapped(ctx, 1, 2)
@@ -173,9 +182,7 @@ def test_continue_hole(ctx: Context) -> None:
 @uffd_case("continue-partial", mem=FILE, features=MINORS, pages=4, rows=("CT-06",))
 def test_continue_partial(ctx: Context) -> None:
     """UFFDIO_CONTINUE stops at a page that it cannot map, says how far it came, and wakes the threads up to there."""
-    with cached(ctx, 0, 1, 3, mode=MISSING | MINOR), ExitStack() as waiters:
-        for page, flags in enumerate((CACHED, CACHED, HOLE, CACHED)):
-            waiters.enter_context(faulting(ctx.uffd, ctx.dst.page(page).start, flags=flags))
+    with cached(ctx, 0, 1, 3, mode=MISSING | MINOR), faulting_pages(ctx, CACHED, CACHED, HOLE, CACHED):
         with promise("CT-06", "hole"), refuses(EAGAIN, output=ctx.page_size):
             ctx.uffd.continue_(ctx.dst.page(1, 3))
         ctx.uffd.expect_still_asleep(3)
@@ -354,19 +361,23 @@ def test_continue_swapped(ctx: Context) -> None:
 
 
 @contextmanager
-def hardware_poisoned(page: Range) -> Iterator[None]:
-    """Have the kernel believe that the memory of a page is broken (MADV_HWPOISON), and take it back afterwards."""
+def hardware_poisoned(area: Area, page: Range) -> Iterator[None]:
+    """Have the kernel believe that the memory of a page of the file is broken (MADV_HWPOISON).
+
+    Afterwards the file is emptied, for only a page that nobody uses can be declared sound again.
+    """
     try:
         undo = open_debugfs("hwpoison/unpoison-pfn", os.O_WRONLY)
     except OSError as error:
         name = errno_name(error.errno or 0)
         raise Skip(f"debugfs hwpoison/unpoison-pfn: {name}: modprobe hwpoison-inject") from None
     pfn = Pagemap.entry(page.start) & PM_PFN_MASK
-    syscalls.prctl(33, 1, 0)  # PR_MCE_KILL, PR_MCE_KILL_SET, PR_MCE_KILL_LATE: no signal before it is touched
     try:
-        advise(page, Advice.HWPOISON)
+        with handled(SIGBUS):  # sent to whoever has it mapped
+            advise(page, Advice.HWPOISON)
         yield
     finally:
+        os.ftruncate(area.fd or -1, 0)
         os.write(undo, f"{pfn:#x}".encode())
         os.close(undo)
 
@@ -382,7 +393,7 @@ def hardware_poisoned(page: Range) -> Iterator[None]:
 )
 def test_continue_hardware_poison(ctx: Context) -> None:
     """UFFDIO_CONTINUE does not map a cached page whose memory is broken."""
-    with cached(ctx) as where, hardware_poisoned(Range(where.start, ctx.page_size)):
+    with cached(ctx) as where, hardware_poisoned(ctx.dst, Range(where.start, ctx.page_size)):
         with promise("CT-21"), refuses(EIO):
             ctx.uffd.continue_(ctx.dst.page(0))
         Pagemap.expect_present(ctx.dst)
