@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from uffd_selftests.memory import checked
 from uffd_selftests.native import lib
@@ -134,3 +136,29 @@ def mount_nowhere(filesystem: str, **options: str) -> int:
         return call("fsmount", context, FSMOUNT_CLOEXEC, 0)
     finally:
         os.close(context)
+
+
+@contextmanager
+def limited_file(filesystem: str, room: int, length: int) -> Iterator[int]:
+    """Yield a file of ``length`` bytes, none stored yet, in a file system of its own with ``room`` bytes (EPERM)."""
+    root = mount_nowhere(filesystem, size=str(room))
+    try:
+        fd = os.open("file", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=root)
+    finally:
+        os.close(root)
+    try:
+        os.ftruncate(fd, length)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def stored_bytes(fd: int) -> int:
+    """Return how many bytes a file takes."""
+    return os.fstat(fd).st_blocks * 512
+
+
+def free_bytes(fd: int) -> int:
+    """Return how much room the file system of a file has left."""
+    facts = os.statvfs(fd)
+    return facts.f_bfree * facts.f_bsize
