@@ -56,6 +56,7 @@ from uffd_selftests.memory import (
 from uffd_selftests.processes import Channel, Child, Waiter, faulting, faulting_pages, monitored, orphaned, undisturbed
 from uffd_selftests.uapi import CopyMode, Feature, PagefaultFlag, RegisterMode
 
+WRITE = PagefaultFlag.WRITE
 WP_ANYWHERE = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
 
 
@@ -418,7 +419,6 @@ def test_copy_protected_mapping(ctx: Context) -> None:
 @uffd_case("copy-wp", mem=ALL, features=WP_ANYWHERE, pages=3, rows=("CP-35",))
 def test_copy_wp(ctx: Context) -> None:
     """With MODE_WP the pages can be read, and the first write to each waits until its protection is dropped."""
-    write = PagefaultFlag.WRITE | PagefaultFlag.WP
     prepare(ctx, MISSING | WP)
     copy(ctx, 0, 2, CopyMode.WP)
     copy(ctx, 2)
@@ -426,7 +426,7 @@ def test_copy_wp(ctx: Context) -> None:
     undisturbed(ctx.uffd, lambda: ctx.dst.expect_pattern_of(ctx.src))
     undisturbed(ctx.uffd, lambda: touch(ctx.dst.page(2), ctx.page_size, write=True))
     for page in 1, 0:
-        with faulting(ctx.uffd, ctx.dst.page(page).start, write=True, flags=write):
+        with faulting(ctx.uffd, ctx.dst.page(page).start, write=True, flags=WRITE | PagefaultFlag.WP):
             ctx.uffd.expect_still_asleep(1)
             ctx.uffd.unprotect(ctx.dst.page(page))
     ctx.dst.expect_pattern_of(ctx.src)
@@ -436,12 +436,12 @@ def test_copy_wp(ctx: Context) -> None:
 def test_copy_wp_wakes(ctx: Context) -> None:
     """MODE_WP wakes readers like any copy; a thread that wanted to write faults again, for the protection now."""
     prepare(ctx, MISSING | WP)
-    start = ctx.dst.start
-    with faulting(ctx.uffd, start), faulting(ctx.uffd, start, write=True):
+    start, first_byte = ctx.dst.start, peek(ctx.src.start)
+    with faulting(ctx.uffd, start), faulting(ctx.uffd, start, call=lambda: poke(start, first_byte), flags=WRITE):
         copy(ctx, 0, mode=CopyMode.WP | CopyMode.DONTWAKE)
         ctx.uffd.expect_still_asleep(2)
         ctx.uffd.wake(ctx.dst.page(0))
-        ctx.uffd.wait_fault(start, PagefaultFlag.WRITE | PagefaultFlag.WP)
+        ctx.uffd.wait_fault(start, WRITE | PagefaultFlag.WP)
         ctx.uffd.expect_still_asleep(1)
         ctx.uffd.unprotect(ctx.dst.page(0))
     ctx.uffd.expect_no_message()

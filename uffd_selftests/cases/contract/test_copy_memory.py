@@ -62,7 +62,7 @@ from uffd_selftests.memory import (
     touch_trapped,
 )
 from uffd_selftests.processes import faulting, undisturbed
-from uffd_selftests.syscalls import mount_nowhere
+from uffd_selftests.syscalls import free_bytes, limited_file, stored_bytes
 from uffd_selftests.uapi import PM_FILE, PM_MMAP_EXCLUSIVE, PM_PRESENT, PM_SOFT_DIRTY, Feature
 
 SHARED = (SHMEM, HUGETLB)
@@ -74,11 +74,6 @@ def file_of(ctx: Context) -> int:
     """Return the memfd behind the destination."""
     assert ctx.dst.fd is not None
     return ctx.dst.fd
-
-
-def stored(fd: int) -> int:
-    """Return the bytes that a file takes."""
-    return os.fstat(fd).st_blocks * 512
 
 
 def expect_stored(fd: int, where: Range, offset: int) -> None:
@@ -96,25 +91,6 @@ def refusal(call: Callable[[], object]) -> int:
     raise AssertionError("expected a refusal; the call succeeded")
 
 
-@contextmanager
-def new_file(filesystem: str, size: int, length: int) -> Iterator[int]:
-    """Yield a file of ``length`` bytes, nothing stored yet, in a file system of its own with room for ``size``."""
-    root = mount_nowhere(filesystem, size=str(size))
-    try:
-        fd = os.open("file", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=root)
-        os.ftruncate(fd, length)
-        yield fd
-        os.close(fd)
-    finally:
-        os.close(root)
-
-
-def free_bytes(fd: int) -> int:
-    """Return how much room the file system of a file has left."""
-    facts = os.statvfs(fd)
-    return facts.f_bfree * facts.f_bsize
-
-
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
@@ -124,11 +100,11 @@ def test_copy_shared_file(ctx: Context) -> None:
     ctx.src.fill()
     fd, size = file_of(ctx), ctx.page_size
     for number, prot in (3, PROT_READ), (1, PROT_NONE):
-        before, source = stored(fd), ctx.src.page(number)
+        before, source = stored_bytes(fd), ctx.src.page(number)
         with mapped(2 * size, prot=prot, flags=MAP_SHARED, fd=fd, offset=(number - 1) * size) as where:
             ctx.uffd.register(where, MISSING)
             ctx.uffd.copy(where.start + size, source.start, size)
-        expect(stored(fd) - before, size, "growth of the file's store")
+        expect(stored_bytes(fd) - before, size, "growth of the file's store")
         expect_stored(fd, source, number * size)
         ctx.dst.expect_pattern_of(ctx.src, number, 1)
 
@@ -144,7 +120,7 @@ def test_copy_cached(ctx: Context) -> None:
     with refuses(EAGAIN, output=ctx.page_size):
         ctx.uffd.copy(ctx.dst.start, ctx.src.start, 2 * ctx.page_size)
     Pagemap.expect_present(ctx.dst, 0)
-    expect(stored(file_of(ctx)), 2 * ctx.page_size, "bytes stored in the file")
+    expect(stored_bytes(file_of(ctx)), 2 * ctx.page_size, "bytes stored in the file")
     undisturbed(ctx.uffd, lambda: ctx.dst.expect_pattern_of(ctx.src))
 
 
@@ -166,7 +142,7 @@ def test_copy_private_file(ctx: Context) -> None:
         ctx.uffd.copy(ctx.dst.start, ctx.src.start, 2 * size)
         ctx.dst.expect_pattern_of(ctx.src, write_back=True)
         expect_bytes(data, 0, "the file")
-    expect(stored(fd), size, "bytes stored in the file")
+    expect(stored_bytes(fd), size, "bytes stored in the file")
 
 
 @uffd_case("copy-page-kind", mem=ALL, pages=1, rows=("CP-01", "CP-21", "CP-23"), kind=Kind.DETAIL)
@@ -207,11 +183,11 @@ def test_copy_beyond_file(ctx: Context) -> None:
         for start in where.start + size, where.start + 2 * size:
             number = refusal(partial(ctx.uffd.copy, start, ctx.src.start, size))
             expect(number in refusals, True, f"{errno_name(number)} beyond the end of the file as promised")
-        expect(stored(fd), 0, "bytes stored in the file")
+        expect(stored_bytes(fd), 0, "bytes stored in the file")
         with refuses(EAGAIN, output=size):
             ctx.uffd.copy(where.start, ctx.src.start, 3 * size)
         expect_same(ctx.src.start, where.start, size, "the file's last page")
-    expect(stored(fd), size if ctx.mem.shared else 0, "bytes stored in the file")
+    expect(stored_bytes(fd), size if ctx.mem.shared else 0, "bytes stored in the file")
 
 
 @uffd_case("copy-full-tmpfs", mem=(ANON,), needs=("cap_sys_admin",), pages=4, rows=("CP-25",), kind=Kind.DETAIL)
@@ -219,16 +195,16 @@ def test_copy_full_tmpfs(ctx: Context) -> None:
     """A tmpfs that is full stops a copy, then refuses it with ENOMEM; nothing of what was refused stays accounted."""
     ctx.src.fill()
     room, size = 2 * PAGE_SIZE, 4 * PAGE_SIZE
-    with new_file("tmpfs", room, size) as fd, mapped(size, flags=MAP_SHARED, fd=fd) as where:
+    with limited_file("tmpfs", room, size) as fd, mapped(size, flags=MAP_SHARED, fd=fd) as where:
         ctx.uffd.register(where, MISSING)
         with refuses(EAGAIN, output=room):
             ctx.uffd.copy(where.start, ctx.src.start, size)
         for _ in range(3):
             with refuses(ENOMEM):
                 ctx.uffd.copy(where.start + room, ctx.src.start + room, PAGE_SIZE)
-        expect((stored(fd), free_bytes(fd)), (room, 0), "bytes stored and bytes free")
+        expect((stored_bytes(fd), free_bytes(fd)), (room, 0), "bytes stored and bytes free")
         advise(where, Advice.REMOVE)
-        expect((stored(fd), free_bytes(fd)), (0, room), "bytes stored and bytes free once the file is emptied")
+        expect((stored_bytes(fd), free_bytes(fd)), (0, room), "bytes stored and bytes free once the file is emptied")
         ctx.uffd.copy(where.start + room, ctx.src.start + room, room)
         expect_same(ctx.src.start + room, where.start + room, room, "the pages copied")
 
@@ -273,8 +249,9 @@ def test_copy_hugetlb_source(ctx: Context) -> None:
 def test_copy_hugetlb_gives_back(ctx: Context) -> None:
     """A copy into a huge page that fails gives the page, and its reservation, back."""
     ctx.src.fill()
+    size = 2 * HUGEPAGE
     for flags in MAP_SHARED, MAP_SHARED | MAP_NORESERVE, MAP_PRIVATE, MAP_PRIVATE | MAP_NORESERVE:
-        with new_file("hugetlbfs", 2 * HUGEPAGE, 2 * HUGEPAGE) as fd, mapped(2 * HUGEPAGE, flags=flags, fd=fd) as where:
+        with limited_file("hugetlbfs", size, size) as fd, mapped(size, flags=flags, fd=fd) as where:
             ctx.uffd.register(where, MISSING)
             with promise("CP-27", f"mmap flags {flags:#x}"):
                 for start in where.start, where.start + HUGEPAGE:
@@ -302,7 +279,7 @@ POOL_EMPTY = Defect(
 def no_hugepage_left(ctx: Context) -> Iterator[Range]:
     """Yield two registered huge pages of which the first has taken all the room that their file system has."""
     size, flags = 2 * HUGEPAGE, MAP_SHARED | MAP_NORESERVE
-    with new_file("hugetlbfs", HUGEPAGE, size) as fd, mapped(size, flags=flags, fd=fd) as where:
+    with limited_file("hugetlbfs", HUGEPAGE, size) as fd, mapped(size, flags=flags, fd=fd) as where:
         ctx.uffd.register(where, MISSING)
         ctx.uffd.copy(where.start, ctx.src.start, HUGEPAGE)
         yield where
@@ -442,7 +419,7 @@ def test_copy_minor(ctx: Context) -> None:
     ctx.uffd.register(ctx.dst.range, MINOR)
     ctx.uffd.copy(ctx.dst.page(1).start, ctx.src.page(1).start, ctx.page_size)
     Pagemap.expect_present(ctx.dst, 1)
-    expect(stored(file_of(ctx)), ctx.page_size, "bytes stored in the file")
+    expect(stored_bytes(file_of(ctx)), ctx.page_size, "bytes stored in the file")
     undisturbed(ctx.uffd, lambda: ctx.dst.expect_pattern_of(ctx.src, 1, 1))
 
 
