@@ -376,15 +376,24 @@ def test_writeprotect_again(ctx: Context) -> None:
         ctx.uffd.unprotect(page)
 
 
-@uffd_case("writeprotect-race", mem=(ANON,), features=WRITEPROTECT, pages=1, rows=("WP-09",), smp=True)
+@uffd_case("writeprotect-race", mem=ALL, features=WRITEPROTECT, pages=1, rows=("WP-09",), smp=True)
 def test_writeprotect_race(ctx: Context) -> None:
-    """A writer that meets the protection just when it is dropped goes on, however the two fall together."""
-    area = filled(ctx)
-    for _ in range(100):
-        ctx.uffd.writeprotect(area.range)
-        with Waiter(lambda: touch(area.range, PAGE_SIZE, write=True)):
-            ctx.uffd.unprotect(area.range)
-        ctx.uffd.expect_asleep(0)
+    """A writer that meets the protection just when it is dropped goes on, or says once more that it waits."""
+    area, uffd = filled(ctx), ctx.uffd
+
+    def drop_protection(writer: Waiter) -> None:
+        uffd.unprotect(area.range)
+        while not writer.done:
+            eventually(lambda: writer.done or uffd.readable(), "the writer to go on, or a message")
+            for message in uffd.read():
+                expect(message, Fault(area.start, TRAPPED), "message")
+                uffd.unprotect(area.range)
+
+    for _ in range(50):
+        uffd.writeprotect(area.range)
+        with Waiter(partial(touch, area.range, area.page_size, write=True)) as writer:
+            drop_protection(writer)
+        uffd.expect_asleep(0)
 
 
 # ---- pages that are not there --------------------------------------------------------------------------------------

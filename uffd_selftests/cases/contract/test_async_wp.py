@@ -1,0 +1,648 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""UFFD_FEATURE_WP_ASYNC: the kernel notes who writes and lets nobody wait; PAGEMAP_SCAN tells and starts anew."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from ctypes import addressof, sizeof
+from errno import EFAULT, EINVAL, EPERM
+from functools import partial
+
+from uffd_selftests import syscalls, uapi
+from uffd_selftests.case import Defect, Kind, uffd_case
+from uffd_selftests.common import (
+    MISSING,
+    WP,
+    Context,
+    Pagemap,
+    Region,
+    Scan,
+    Uffd,
+    UffdError,
+    expect,
+    fails,
+    huge_area,
+    promise,
+    refuses,
+    swap_out,
+)
+from uffd_selftests.files import plain_file
+from uffd_selftests.mem_types import ALL, ANON, HUGETLB, HUGETLB_PRIVATE, SHMEM, SHMEM_PRIVATE, Area
+from uffd_selftests.memory import (
+    MAP_PRIVATE,
+    MAP_SHARED,
+    PAGE_SIZE,
+    Advice,
+    Range,
+    advise,
+    map_memory,
+    peek,
+    poke,
+    touch,
+    unmap,
+)
+from uffd_selftests.processes import Channel, Child, Waiter, faulting, undisturbed
+from uffd_selftests.uapi import CopyMode, Feature, PageCategory, PmScanFlag
+
+ASYNC = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_ASYNC
+SCAN = ("pagemap_scan",)
+
+WRITTEN = PageCategory.WRITTEN
+PRESENT = PageCategory.PRESENT
+WPALLOWED = PageCategory.WPALLOWED
+NONE = PageCategory(0)
+
+CHECK = PmScanFlag.CHECK_WPASYNC
+WP_MATCHING = PmScanFlag.WP_MATCHING
+RESTART = WP_MATCHING | CHECK
+"""Report what was written, and protect it again in the same step."""
+
+NEW = b"\xa5\x5a new"
+
+
+def tracked(ctx: Context) -> Area:
+    """Return the destination area, its pages present, registered and protected."""
+    ctx.dst.fill()
+    ctx.uffd.register(ctx.dst.range, WP)
+    ctx.uffd.writeprotect(ctx.dst.range)
+    return ctx.dst
+
+
+def write(uffd: Uffd, area: Area, *pages: int) -> None:
+    """Write to pages, changing nothing; nobody may hear of it."""
+    for page in pages:
+        undisturbed(uffd, partial(touch, area.page(page), area.page_size, write=True))
+
+
+def regions(area: Area, pages: Iterable[int], categories: PageCategory = WRITTEN) -> list[Region]:
+    """Return what PAGEMAP_SCAN must report for pages of the same categories."""
+    found: list[Region] = []
+    for page in sorted(pages):
+        start, end = area.page(page).start, area.page(page).end
+        if found and found[-1].end == start:
+            found[-1] = Region(found[-1].start, end, categories)
+        else:
+            found.append(Region(start, end, categories))
+    return found
+
+
+def expect_written(area: Area, pages: Iterable[int], when: str, flags: PmScanFlag = CHECK) -> None:
+    """Assert that PAGEMAP_SCAN reports exactly these pages of the area as written, and looks at the whole."""
+    expect(Pagemap.scan(area.range, WRITTEN, flags=flags), Scan(regions(area, pages), area.range.end), when)
+
+
+# ---- writes --------------------------------------------------------------------------------------------------------
+
+
+@uffd_case("async-write", mem=ALL, features=ASYNC, pages=4, rows=("AS-01",))
+def test_async_write(ctx: Context) -> None:
+    """A write to a protected page sends no message and waits for nobody; it ends the protection of that page alone."""
+    area, page = tracked(ctx), ctx.dst.page(1)
+    old = peek(page.start, len(NEW))
+    undisturbed(ctx.uffd, partial(poke, page.start, NEW))
+    expect(peek(page.start, len(NEW)), NEW, "what was written")
+    Pagemap.expect_protected(area, {0, 2, 3}, "after a write to page 1")
+    write(ctx.uffd, area, 1, 3)
+    Pagemap.expect_protected(area, {0, 2}, "after a write to page 3")
+    poke(page.start, old)
+    undisturbed(ctx.uffd, lambda: area.expect_pattern_of(area))
+    Pagemap.expect_protected(area, {0, 2}, "after reads")
+
+
+@uffd_case("async-missing", mem=ALL, features=ASYNC, pages=4, rows=("AS-01",))
+def test_async_missing(ctx: Context) -> None:
+    """Pages that are not there are tracked like the others, anonymous ones too."""
+    area = ctx.dst
+    ctx.uffd.register(area.range, WP)
+    ctx.uffd.writeprotect(area.range)
+    Pagemap.expect_protected(area, range(4), "of pages that are not there")
+    undisturbed(ctx.uffd, lambda: area.expect_zero(0, 2))
+    Pagemap.expect_protected(area, range(4), "after reads of pages 0 and 1")
+    write(ctx.uffd, area, 1, 2)
+    Pagemap.expect_protected(area, {0, 3}, "after writes to pages 1 and 2")
+    area.expect_zero()
+
+
+@uffd_case("async-thp", mem=(ANON, SHMEM), features=ASYNC, needs=("thp",), pages=1, rows=("AS-01",))
+def test_async_thp(ctx: Context) -> None:
+    """Of a transparent huge page only the base page that is written loses its protection."""
+    area = huge_area(ctx)
+    ctx.uffd.register(area.range, WP)
+    ctx.uffd.writeprotect(area.range)
+    write(ctx.uffd, area, 7)
+    Pagemap.expect_protected(area, set(range(area.nr_pages)) - {7}, "after a write to page 7")
+    area.expect_pattern_of(area)
+
+
+@uffd_case("async-kernel", mem=ALL, features=ASYNC, pages=3, rows=("AS-02",))
+def test_async_kernel(ctx: Context) -> None:
+    """The kernel that writes for a process, by read(2) or process_vm_writev(2), is tracked and not held up either."""
+    area = tracked(ctx)
+    reader, writer = os.pipe()
+    os.write(writer, NEW)
+    count = undisturbed(ctx.uffd, lambda: syscalls.read_into(reader, area.start, len(NEW)))
+    expect(count, len(NEW), "bytes read into page 0")
+    Pagemap.expect_protected(area, {1, 2}, "after read(2) into page 0")
+    address = area.page(1).start
+    count = undisturbed(ctx.uffd, lambda: syscalls.process_vm_writev(os.getpid(), address, NEW))
+    expect(count, len(NEW), "bytes written to page 1")
+    Pagemap.expect_protected(area, {2}, "after process_vm_writev(2) to page 1")
+    expect((peek(area.start, len(NEW)), peek(address, len(NEW))), (NEW, NEW), "what was written")
+    os.close(reader)
+    os.close(writer)
+
+
+@uffd_case("async-dontneed", mem=ALL, features=ASYNC, needs=SCAN, pages=3, rows=("AS-11",))
+def test_async_dontneed(ctx: Context) -> None:
+    """MADV_DONTNEED of anonymous memory counts as a write; other memory stays protected by it."""
+    area = tracked(ctx)
+    advise(area.page(1), Advice.DONTNEED)
+    changed = {1} if ctx.mem is ANON else set()
+    Pagemap.expect_protected(area, {0, 1, 2} - changed, "after MADV_DONTNEED of page 1")
+    expect_written(area, changed, "pages written, after MADV_DONTNEED of page 1")
+    write(ctx.uffd, area, 1)
+    expect_written(area, {1}, "pages written, after a write to page 1")
+
+
+@uffd_case(
+    "async-swap", mem=(ANON, SHMEM_PRIVATE), features=ASYNC, needs=("swap", *SCAN), pages=4, rows=("AS-01", "AS-04")
+)
+def test_async_swap(ctx: Context) -> None:
+    """Swapped-out pages keep their state, are protected again there, and hold their data afterwards."""
+    area = tracked(ctx)
+    write(ctx.uffd, area, 1, 2)
+    swap_out(area.range)
+    expect_written(area, {1, 2}, "pages written, swapped out")
+    expect_written(area, {1, 2}, "pages written, taken while swapped out", flags=RESTART)
+    expect_written(area, (), "pages written, after that")
+    undisturbed(ctx.uffd, lambda: area.expect_pattern_of(area))
+    Pagemap.expect_protected(area, range(4), "after reads, which swap in")
+    swap_out(area.range)
+    write(ctx.uffd, area, 2, 3)
+    expect_written(area, {2, 3}, "pages written, after writes to swapped-out pages")
+
+
+@uffd_case("async-with-missing", mem=ALL, features=ASYNC, pages=3, rows=("AS-13",), kind=Kind.DETAIL)
+def test_async_with_missing(ctx: Context) -> None:
+    """Missing pages are reported as ever; a page filled with WP is tracked, for the writer that waits for it too."""
+    area, page = ctx.dst, ctx.dst.page(0)
+    ctx.src.fill()
+    ctx.uffd.register(area.range, MISSING | WP)
+    with faulting(ctx.uffd, page.start, write=True):
+        ctx.uffd.copy(page.start, ctx.src.start, page.len, CopyMode.WP)
+    Pagemap.expect_protected(area, (), "when the waiting write has gone through")
+    ctx.uffd.copy(area.page(1).start, ctx.src.page(1).start, 2 * page.len, CopyMode.WP)
+    Pagemap.expect_protected(area, {1, 2}, "after UFFDIO_COPY with WP")
+    write(ctx.uffd, area, 2)
+    Pagemap.expect_protected(area, {1}, "after a write to page 2")
+    area.expect_pattern_of(ctx.src)
+
+
+@uffd_case("async-fork", mem=ALL, features=ASYNC, pages=3, spare_hugepages=4, rows=("AS-14",), kind=Kind.DETAIL)
+def test_async_fork(ctx: Context) -> None:
+    """A forked child is not tracked; its parent is as before."""
+    area = tracked(ctx)
+
+    def child(channel: Channel) -> None:
+        Pagemap.expect_protected(area, (), "in the child")
+        touch(area.page(0), area.page_size, write=True)
+        channel.send()
+
+    with Child(child) as process:
+        process.receive()
+    Pagemap.expect_protected(area, {0, 1, 2}, "in the parent")
+    write(ctx.uffd, area, 1)
+    Pagemap.expect_protected(area, {0, 2}, "in the parent after a write to page 1")
+    area.expect_pattern_of(area)
+
+
+@uffd_case(
+    "async-fork-event",
+    mem=ALL,
+    features=ASYNC | Feature.EVENT_FORK,
+    pages=3,
+    spare_hugepages=4,
+    rows=("AS-14",),
+    kind=Kind.DETAIL,
+)
+def test_async_fork_event(ctx: Context) -> None:
+    """With UFFD_FEATURE_EVENT_FORK the child is tracked on its own, without a message."""
+    area = tracked(ctx)
+
+    def child(channel: Channel) -> None:
+        Pagemap.expect_protected(area, {0, 1, 2}, "in the child")
+        touch(area.page(0), area.page_size, write=True)
+        Pagemap.expect_protected(area, {1, 2}, "in the child after a write to page 0")
+        channel.send()
+
+    with ctx.handler(src=None) as handler, Child(child) as process:
+        process.receive()
+    expect((handler.stats.messages, handler.stats.fork), (1, 1), "messages, UFFD_EVENT_FORK among them")
+    Pagemap.expect_protected(area, {0, 1, 2}, "in the parent")
+    write(ctx.uffd, area, 1)
+    Pagemap.expect_protected(area, {0, 2}, "in the parent after a write to page 1")
+
+
+RESOLVABLE = Defect(
+    id="D-AS-16",
+    summary="UFFDIO_WRITEPROTECT un-protects a page that is tracked asynchronously, which makes it count as written",
+    kernels="6.12.117, 6.18.44",
+    advice="do not un-protect in a range registered with UFFD_FEATURE_WP_ASYNC",
+)
+
+
+@uffd_case("async-unprotect", mem=ALL, features=ASYNC, pages=2, rows=("AS-16",), defect=RESOLVABLE)
+def test_async_unprotect(ctx: Context) -> None:
+    """Un-protecting a page by hand is invalid where the kernel itself does it."""
+    area = tracked(ctx)
+    with promise("AS-16"), refuses(EINVAL):
+        ctx.uffd.unprotect(area.page(0))
+
+
+@uffd_case("async-unprotected", mem=ALL, features=ASYNC, needs=SCAN, pages=2, rows=("AS-16",), kind=Kind.DETAIL)
+def test_async_unprotected(ctx: Context) -> None:
+    """Un-protecting a page by hand either is EINVAL and changes nothing, or counts as a write to that page."""
+    area, written = tracked(ctx), {0}
+    try:
+        ctx.uffd.unprotect(area.page(0))
+    except UffdError as error:
+        expect(error.errno, EINVAL, "errno")
+        written = set()
+    Pagemap.expect_protected(area, {0, 1} - written, "after un-protecting page 0")
+    expect_written(area, written, "pages written, after un-protecting page 0")
+    write(ctx.uffd, area, 0)
+
+
+@uffd_case("async-file", features=ASYNC, needs=SCAN, rows=("AS-12",))
+def test_async_file() -> None:
+    """With WP alone files of any kind are tracked, mapped shared or private."""
+    for sharing, flags in (("shared", MAP_SHARED), ("private", MAP_PRIVATE)):
+        with promise("AS-12", sharing), plain_file(4 * PAGE_SIZE) as fd, Uffd.open(ASYNC) as uffd:
+            where = Range(map_memory(4 * PAGE_SIZE, flags=flags, fd=fd), 4 * PAGE_SIZE)
+            changed = Range(where.start + PAGE_SIZE, 2 * PAGE_SIZE)
+            uffd.register(where, WP)
+            uffd.writeprotect(where)
+            undisturbed(uffd, partial(touch, where, PAGE_SIZE))
+            expect(Pagemap.scan(where, WRITTEN, flags=CHECK), Scan([], where.end), "pages written, after reads")
+            undisturbed(uffd, partial(poke, changed.end - len(NEW), NEW))
+            undisturbed(uffd, partial(touch, changed, PAGE_SIZE, write=True))
+            expected = Scan([Region(changed.start, changed.end, WRITTEN)], where.end)
+            expect(Pagemap.scan(where, WRITTEN, flags=RESTART), expected, "pages written, after writes to 1 and 2")
+            expect(Pagemap.scan(where, WRITTEN, flags=CHECK), Scan([], where.end), "pages written, after that")
+            expect(peek(changed.end - len(NEW), len(NEW)), NEW, "what was written")
+            unmap(where)
+
+
+# ---- PAGEMAP_SCAN --------------------------------------------------------------------------------------------------
+
+
+@uffd_case("async-scan", mem=ALL, features=ASYNC, needs=SCAN, pages=6, rows=("AS-03", "AS-12"))
+def test_async_scan(ctx: Context) -> None:
+    """PAGEMAP_SCAN reports every page before the first protection, none after it, and then exactly what is written."""
+    area = ctx.dst
+    area.fill()
+    ctx.uffd.register(area.range, WP)
+    for returned in (WRITTEN, WRITTEN | PRESENT):
+        expected = regions(area, range(6), returned)
+        found = Pagemap.scan(area.range, WRITTEN, returned=returned, flags=CHECK)
+        expect(found, Scan(expected, area.range.end), "pages written, before the first protection")
+    ctx.uffd.writeprotect(area.range)
+    expect_written(area, (), "pages written, after UFFDIO_WRITEPROTECT")
+    write(ctx.uffd, area, 1, 2, 4)
+    for times in ("once", "twice"):
+        expect_written(area, {1, 2, 4}, f"pages written, after writes to pages 1, 2 and 4, asked {times}")
+    inside = Pagemap.scan(area.page(2, 2), WRITTEN, flags=CHECK)
+    expect(inside, Scan(regions(area, {2}), area.page(4).start), "pages written among pages 2 and 3")
+
+
+@uffd_case(
+    "async-scan-holes", mem=(ANON, SHMEM), features=ASYNC, needs=SCAN, pages=1, rows=("AS-03",), kind=Kind.DETAIL
+)
+def test_async_scan_holes(ctx: Context) -> None:
+    """A page that is not there and not protected counts as written, with a page table or without, and is protected."""
+    per_table = PAGE_SIZE // 8
+    area = ctx.allocate(3 * per_table)
+    poke(area.page(per_table + 3).start, NEW)
+    ctx.uffd.register(area.range, WP)
+    everything = Scan(regions(area, range(area.nr_pages)), area.range.end)
+    for anyof in (NONE, WRITTEN | PRESENT):
+        found = Pagemap.scan(area.range, WRITTEN, anyof=anyof, flags=CHECK)
+        expect(found, everything, f"pages written, before the first protection, any of {anyof}")
+    for anyof in (NONE, WRITTEN | PRESENT):
+        found = Pagemap.scan(area.range, WRITTEN, anyof=anyof, flags=RESTART)
+        expect(found, everything, f"pages written, protecting them, any of {anyof}")
+        Pagemap.expect_protected(area, range(area.nr_pages), "after that")
+        ctx.uffd.unprotect(area.range)
+
+
+@uffd_case("async-scan-restart", mem=ALL, features=ASYNC, needs=SCAN, pages=6, rows=("AS-04",))
+def test_async_scan_restart(ctx: Context) -> None:
+    """PM_SCAN_WP_MATCHING reports what was written and protects it again; the next scan reports only what is new."""
+    area = tracked(ctx)
+    for returned in (WRITTEN, WRITTEN | PRESENT):
+        write(ctx.uffd, area, 1, 2, 4)
+        found = Pagemap.scan(area.range, WRITTEN, returned=returned, flags=RESTART)
+        expect(found, Scan(regions(area, {1, 2, 4}, returned), area.range.end), "pages written, protecting them")
+        Pagemap.expect_protected(area, range(6), "after that")
+        expect_written(area, (), "pages written, the next time", flags=RESTART)
+        write(ctx.uffd, area, 2)
+        expect_written(area, {2}, "pages written, after a write to page 2", flags=RESTART)
+    undisturbed(ctx.uffd, lambda: area.expect_pattern_of(area))
+
+
+@uffd_case("async-scan-concurrent", mem=(ANON,), features=ASYNC, needs=SCAN, pages=1024, rows=("AS-04",), smp=True)
+def test_async_scan_concurrent(ctx: Context) -> None:
+    """No write is lost between two PAGEMAP_SCANs that protect, whenever it happens."""
+    area = tracked(ctx)
+    found: set[int] = set()
+
+    def collect() -> None:
+        for region in Pagemap.scan(area.range, WRITTEN, flags=RESTART, room=1024).regions:
+            found.update(range((region.start - area.start) // PAGE_SIZE, (region.end - area.start) // PAGE_SIZE))
+
+    with Waiter(partial(touch, area.range, PAGE_SIZE, write=True)) as writer:
+        while not writer.done:
+            collect()
+    collect()
+    expect(sorted(set(range(1024)) - found), [], "pages written but never reported")
+    ctx.uffd.expect_no_message()
+
+
+@uffd_case("async-scan-eperm", mem=ALL, features=ASYNC, needs=SCAN, pages=3, rows=("AS-05", "AS-06"))
+def test_async_scan_eperm(ctx: Context) -> None:
+    """PM_SCAN_CHECK_WPASYNC is EPERM if any part of the range is not tracked; without it that part is passed over."""
+    area = ctx.dst
+    area.fill()
+    with Uffd.open(ASYNC.without(Feature.WP_ASYNC)) as synchronous:
+        ctx.uffd.register(area.page(0), WP)
+        synchronous.register(area.page(1), WP)
+        for pages in ((1, 1), (2, 1), (0, 2), (0, 3)):
+            for flags in (CHECK, RESTART):
+                with promise("AS-05", f"{pages[1]} pages from page {pages[0]} on, {flags}"), fails(EPERM):
+                    Pagemap.scan(area.page(*pages), WRITTEN, flags=flags)
+        ctx.uffd.unprotect(area.page(0))
+        with promise("AS-06"):
+            for where, expected in ((area.range, {0}), (area.page(1, 2), ())):
+                found = Pagemap.scan(where, WRITTEN, flags=WP_MATCHING)
+                expect(found, Scan(regions(area, expected), where.end), "pages written, protecting them")
+            Pagemap.expect_protected(area, {0}, "after that")
+
+
+@uffd_case("async-scan-room", mem=ALL, features=ASYNC, needs=SCAN, pages=6, rows=("AS-07",))
+def test_async_scan_room(ctx: Context) -> None:
+    """PAGEMAP_SCAN stops where its vector is full, says where to go on, and protects no more than it reports."""
+    area, end = tracked(ctx), ctx.dst.range.end
+    write(ctx.uffd, area, 1, 2, 4)
+    for flags in (CHECK, RESTART):
+        found = Pagemap.scan(area.range, WRITTEN, flags=flags, room=1)
+        with promise("AS-07", f"room for one region, {flags}"):
+            expect(found, Scan(regions(area, {1, 2}), area.page(4).start), "pages written")
+    Pagemap.expect_protected(area, {0, 1, 2, 3, 5}, "after protecting what was reported")
+    rest = Pagemap.scan(Range(found.walk_end, end - found.walk_end), WRITTEN, flags=RESTART, room=1)
+    expect(rest, Scan(regions(area, {4}), end), "pages written, going on from there")
+
+
+@uffd_case(
+    "async-scan-max-pages", mem=(ANON, SHMEM, SHMEM_PRIVATE), features=ASYNC, needs=SCAN, pages=6, rows=("AS-07",)
+)
+def test_async_scan_max_pages(ctx: Context) -> None:
+    """PAGEMAP_SCAN reports max_pages pages at most, says where to go on, and protects no more than it reports."""
+    area = tracked(ctx)
+    write(ctx.uffd, area, 1, 2, 4)
+    for returned in (WRITTEN, WRITTEN | PRESENT):
+        for limit, expected, stop in ((1, {1}, 2), (2, {1, 2}, 4), (3, {1, 2, 4}, 6), (4, {1, 2, 4}, 6)):
+            with promise("AS-07", f"max_pages {limit}"):
+                found = Pagemap.scan(area.range, WRITTEN, returned=returned, flags=CHECK, max_pages=limit)
+                wanted = Scan(regions(area, expected, returned), area.start + stop * PAGE_SIZE)
+                expect(found, wanted, "pages written")
+                found = Pagemap.scan(area.range, WRITTEN, returned=returned, flags=RESTART, max_pages=limit)
+                expect(found, wanted, "pages written, protecting them")
+                expect_written(area, {1, 2, 4} - expected, "pages written, after that")
+                write(ctx.uffd, area, *expected)
+
+
+@uffd_case(
+    "async-scan-hugetlb-part",
+    mem=(HUGETLB, HUGETLB_PRIVATE),
+    features=ASYNC,
+    needs=SCAN,
+    pages=2,
+    rows=("AS-07", "AS-12"),
+    kind=Kind.DETAIL,
+)
+def test_async_scan_hugetlb_part(ctx: Context) -> None:
+    """Of a huge page max_pages can report a part, but none is protected in part: the scan stops before it."""
+    area, base_pages = tracked(ctx), ctx.page_size // PAGE_SIZE
+    write(ctx.uffd, area, 0, 1)
+    part = Scan([Region(area.start, area.start + 3 * PAGE_SIZE, WRITTEN)], area.start + 3 * PAGE_SIZE)
+    expect(Pagemap.scan(area.range, WRITTEN, flags=CHECK, max_pages=3), part, "pages written, 3 at most")
+    for pages, limit, whole in ((1, 3, 0), (2, base_pages + 3, 1)):
+        found = Pagemap.scan(area.page(0, pages), WRITTEN, flags=RESTART, max_pages=limit)
+        wanted = Scan(regions(area, range(whole)), area.page(whole).start)
+        expect(found, wanted, f"pages written, protecting them, {limit} at most")
+        Pagemap.expect_protected(area, range(whole), "after that")
+
+
+PASSED_OVER = Defect(
+    id="D-AS-07",
+    summary="PAGEMAP_SCAN with max_pages goes on behind a huge page that it cannot protect whole, "
+    "and does not say so in walk_end",
+    kernels="6.12.117, 6.18.44",
+    advice="with PM_SCAN_WP_MATCHING on huge pages make max_pages a multiple of their size in base pages, or 0",
+)
+
+
+@uffd_case(
+    "async-scan-hugetlb-stops",
+    mem=(HUGETLB, HUGETLB_PRIVATE),
+    features=ASYNC,
+    needs=SCAN,
+    pages=3,
+    rows=("AS-07", "AS-12"),
+    defect=PASSED_OVER,
+)
+def test_async_scan_hugetlb_stops(ctx: Context) -> None:
+    """A scan that stops before a huge page says so, so that the next one goes on with that page."""
+    area = tracked(ctx)
+    write(ctx.uffd, area, 0, 1, 2)
+    found = Pagemap.scan(area.range, WRITTEN, flags=RESTART, max_pages=3)
+    with promise("AS-07"):
+        expect(found, Scan([], area.start), "pages written, protecting them, 3 at most")
+
+
+@uffd_case("async-scan-thp", mem=(ANON,), features=ASYNC, needs=("thp", *SCAN), pages=1, rows=("AS-04", "AS-07"))
+def test_async_scan_thp(ctx: Context) -> None:
+    """A transparent huge page is reported and protected whole, or only as far as max_pages and the range go."""
+    whole = huge_area(ctx)
+    ctx.uffd.register(whole.range, WP)
+    expect_written(whole, range(whole.nr_pages), "pages written, protecting them", flags=RESTART)
+    Pagemap.expect_protected(whole, range(whole.nr_pages), "after that")
+    expect_written(whole, (), "pages written, the next time")
+
+    part = huge_area(ctx)
+    ctx.uffd.register(part.range, WP)
+    found = Pagemap.scan(part.range, WRITTEN, flags=RESTART, max_pages=3)
+    expect(found, Scan(regions(part, range(3)), part.page(3).start), "pages written, protecting them, 3 at most")
+    Pagemap.expect_protected(part, range(3), "after that")
+    found = Pagemap.scan(part.page(9, 2), WRITTEN, flags=RESTART)
+    expect(found, Scan(regions(part, {9, 10}), part.page(11).start), "pages written among two, protecting them")
+    Pagemap.expect_protected(part, {0, 1, 2, 9, 10}, "after that")
+    undisturbed(ctx.uffd, lambda: part.expect_pattern_of(part))
+
+
+@uffd_case("async-scan-many", mem=(ANON,), features=ASYNC, needs=SCAN, pages=1200, rows=("AS-07",))
+def test_async_scan_many(ctx: Context) -> None:
+    """PAGEMAP_SCAN returns more regions than the kernel buffers at a time, and stops where the vector is full."""
+    area = tracked(ctx)
+    undisturbed(ctx.uffd, partial(touch, area.range, 2 * PAGE_SIZE, write=True))
+    odd = regions(area, range(0, 1200, 2))
+    for flags in (CHECK, RESTART):
+        stopped = Pagemap.scan(area.range, WRITTEN, flags=flags, room=550)
+        expect(stopped, Scan(odd[:550], odd[550].start), f"550 regions written, {flags}")
+    found = Pagemap.scan(area.range, WRITTEN, flags=RESTART, room=600)
+    expect(found, Scan(odd[550:], area.range.end), "the regions left")
+
+
+@uffd_case("async-scan-no-vector", mem=ALL, features=ASYNC, needs=SCAN, pages=4, rows=("AS-08",))
+def test_async_scan_no_vector(ctx: Context) -> None:
+    """Without a vector PM_SCAN_WP_MATCHING protects all pages and reports none; without it nothing happens."""
+    area = tracked(ctx)
+    write(ctx.uffd, area, 1, 3)
+    for flags, protected in ((CHECK, {0, 2}), (RESTART, range(4)), (WP_MATCHING, range(4))):
+        found = Pagemap.scan(area.range, WRITTEN, flags=flags, room=0)
+        with promise("AS-08", str(flags)):
+            expect(found, Scan([], area.range.end), "pages written")
+            Pagemap.expect_protected(area, protected, "after that")
+    undisturbed(ctx.uffd, lambda: area.expect_pattern_of(area))
+
+
+@uffd_case("async-scan-errors", mem=(ANON,), features=ASYNC, needs=SCAN, pages=2, rows=("AS-09",))
+def test_async_scan_errors(ctx: Context) -> None:
+    """PAGEMAP_SCAN refuses flags, categories and sizes that it does not know, and an unaligned or missing address."""
+    area = tracked(ctx)
+    vector = (uapi.page_region * 4)()
+    good = {
+        "size": sizeof(uapi.pm_scan_arg),
+        "start": area.start,
+        "end": area.range.end,
+        "vec": addressof(vector),
+        "vec_len": 4,
+        "category_mask": WRITTEN,
+        "return_mask": WRITTEN,
+    }
+    categories = ("category_inverted", "category_mask", "category_anyof_mask", "return_mask")
+    bad = [("flags", 1 << bit) for bit in range(2, 64)]
+    bad += [(field, 1 << bit) for field in categories for bit in range(10, 64)]
+    bad += [("size", size) for size in (0, good["size"] - 8, good["size"] + 8)]
+    bad += [("start", area.start + 1), ("vec", 0)]
+    for field, value in bad:
+        with promise("AS-09", f"{field} {value:#x}"), fails(EINVAL):
+            Pagemap.scan_ioctl(uapi.pm_scan_arg(**(good | {field: value})))
+
+
+@uffd_case("async-scan-efault", mem=(ANON,), features=ASYNC, needs=SCAN, pages=2, rows=("AS-09",), kind=Kind.DETAIL)
+def test_async_scan_efault(ctx: Context) -> None:
+    """PAGEMAP_SCAN says EFAULT when its range, its vector or its argument is no memory of the caller's."""
+    area = tracked(ctx)
+    write(ctx.uffd, area, 1)
+    above = 1 << 63
+    ranges = {"start in the kernel": (above, above + PAGE_SIZE), "end before start": (area.range.end, area.start)}
+    vectors = {"vector in the kernel": above, "vector not mapped": area.start - PAGE_SIZE}
+    arguments = [(what, start, end, 0, 0) for what, (start, end) in ranges.items()]
+    arguments += [(what, area.start, area.range.end, vec, 4) for what, vec in vectors.items()]
+    for what, start, end, vec, room in arguments:
+        arg = uapi.pm_scan_arg(size=sizeof(uapi.pm_scan_arg), start=start, end=end, vec=vec, vec_len=room)
+        arg.category_mask = arg.return_mask = WRITTEN
+        with promise("AS-09", what), fails(EFAULT):
+            Pagemap.scan_ioctl(arg)
+
+
+@uffd_case("async-scan-end", mem=(ANON,), features=ASYNC, needs=SCAN, pages=3, rows=("AS-09",), kind=Kind.DETAIL)
+def test_async_scan_end(ctx: Context) -> None:
+    """PAGEMAP_SCAN rounds the end of its range up to a page, and of an empty range reports nothing."""
+    area = tracked(ctx)
+    write(ctx.uffd, area, 0, 1, 2)
+    found = Pagemap.scan(Range(area.start, PAGE_SIZE + 1), WRITTEN, flags=CHECK)
+    expect(found, Scan(regions(area, {0, 1}), area.page(2).start), "pages written, of a page and a byte")
+    found = Pagemap.scan(Range(area.start, 0), WRITTEN, flags=CHECK)
+    expect(found, Scan([], area.start), "pages written, of no page")
+
+
+@uffd_case("async-scan-wpallowed", mem=ALL, features=ASYNC, needs=SCAN, pages=4, rows=("AS-10",))
+def test_async_scan_wpallowed(ctx: Context) -> None:
+    """PAGE_IS_WPALLOWED is all memory that is tracked, written or not, and no other."""
+    area = ctx.dst
+    area.fill()
+    with Uffd.open(ASYNC.without(Feature.WP_ASYNC)) as synchronous:
+        ctx.uffd.register(area.page(0, 2), WP)
+        synchronous.register(area.page(2), WP)
+        ctx.uffd.writeprotect(area.page(0))
+        found = Pagemap.scan(area.range, WPALLOWED)
+        expect(found, Scan(regions(area, {0, 1}, WPALLOWED), area.range.end), "pages with PAGE_IS_WPALLOWED")
+        found = Pagemap.scan(area.range, WPALLOWED, inverted=WPALLOWED, returned=PRESENT)
+        expect(found, Scan(regions(area, {2, 3}, PRESENT), area.range.end), "pages without PAGE_IS_WPALLOWED")
+    both = Pagemap.scan(area.page(0, 2), WPALLOWED, returned=WPALLOWED | WRITTEN)
+    expected = regions(area, {0}, WPALLOWED) + regions(area, {1}, WPALLOWED | WRITTEN)
+    expect(both.regions, expected, "pages with PAGE_IS_WPALLOWED, and which of them are written")
+
+
+@uffd_case("async-scan-categories", mem=ALL, features=ASYNC, needs=SCAN, pages=4, rows=("AS-03",), kind=Kind.DETAIL)
+def test_async_scan_categories(ctx: Context) -> None:
+    """PAGEMAP_SCAN selects by categories that must be there, one of which must be there, and that must not be there."""
+    area = ctx.dst
+    file_backed = PageCategory.FILE if ctx.mem.shared else NONE
+    always = PRESENT | file_backed | (PageCategory.HUGE if ctx.mem.hugetlb else NONE)
+    area.fill(0, 3)
+    ctx.uffd.register(area.range, WP)
+    ctx.uffd.writeprotect(area.page(1))
+    zero = PageCategory.PFNZERO
+    every = PRESENT | PageCategory.FILE | PageCategory.HUGE | zero | WRITTEN
+    protected, written = regions(area, {1}, always), always | WRITTEN
+    present = regions(area, {0}, written) + protected + regions(area, {2}, written)
+    scan = partial(Pagemap.scan, area.range)
+    for what, expected, found in (
+        ("PRESENT", present, scan(PRESENT, returned=every)),
+        ("PRESENT or PFNZERO", present, scan(anyof=PRESENT | zero, returned=every)),
+        ("PRESENT and not WRITTEN", protected, scan(PRESENT | WRITTEN, inverted=WRITTEN, returned=every)),
+        ("PFNZERO", [], scan(zero, returned=every)),
+        ("PRESENT, whatever else", regions(area, range(3), NONE), scan(PRESENT, returned=NONE)),
+    ):
+        expect(found, Scan(expected, area.range.end), f"pages with {what}")
+
+
+@uffd_case("async-scan-zeropage", mem=(ANON,), features=ASYNC, needs=SCAN, pages=3, rows=("AS-03",), kind=Kind.DETAIL)
+def test_async_scan_zeropage(ctx: Context) -> None:
+    """PAGE_IS_PFNZERO is a page that was only read so far; a write that is tracked makes it a page of its own."""
+    area, zero = ctx.dst, PageCategory.PFNZERO
+    ctx.uffd.register(area.range, WP)
+    ctx.uffd.writeprotect(area.range)
+    undisturbed(ctx.uffd, partial(touch, area.page(0, 2), PAGE_SIZE))
+    expect(Pagemap.scan(area.range, zero).regions, regions(area, {0, 1}, zero), "zero pages, after reads")
+    write(ctx.uffd, area, 1)
+    expect(Pagemap.scan(area.range, zero).regions, regions(area, {0}, zero), "zero pages, after a write")
+    expect_written(area, {1}, "pages written")
+
+
+@uffd_case("async-scan-matching", mem=ALL, features=ASYNC, needs=SCAN, pages=4, rows=("AS-04",), kind=Kind.DETAIL)
+def test_async_scan_matching(ctx: Context) -> None:
+    """PM_SCAN_WP_MATCHING protects the pages that match and no others."""
+    area = tracked(ctx)
+    write(ctx.uffd, area, 0, 1, 2)
+    found = Pagemap.scan(area.page(1, 3), PRESENT | WRITTEN, returned=WRITTEN, flags=RESTART)
+    expect(found.regions, regions(area, {1, 2}), "pages written, protecting them")
+    Pagemap.expect_protected(area, {1, 2, 3}, "after protecting pages 1 to 3 as far as they were written")
+    found = Pagemap.scan(area.range, PageCategory.PFNZERO, flags=RESTART)
+    expect(found.regions, [], "pages with PFNZERO")
+    Pagemap.expect_protected(area, {1, 2, 3}, "after protecting pages of which none matched")
+
+
+@uffd_case("async-scan-unregistered", mem=ALL, needs=SCAN, pages=3, rows=("AS-15",), kind=Kind.VERSION)
+def test_async_scan_unregistered(ctx: Context) -> None:
+    """Memory that no userfaultfd watches counts as written where it is present (until Linux 7.2), or not at all."""
+    area = ctx.dst
+    area.fill()
+    found = Pagemap.scan(area.range, WRITTEN)
+    if found.regions not in ([], regions(area, range(3))):
+        raise AssertionError(f"pages written: expected all three or none, got {found}")
+    expect(found.walk_end, area.range.end, "walk_end")
