@@ -61,8 +61,10 @@ _NUMBERS = {
     "write": (1, 64),
 }
 
+PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
 CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
 FSOPEN_CLOEXEC = FSMOUNT_CLOEXEC = 1
 FSCONFIG_SET_STRING = 1
 FSCONFIG_CMD_CREATE = 6
@@ -108,7 +110,8 @@ def _vm_transfer(name: str, pid: int, address: int, buffer: ctypes.Array[ctypes.
 def process_vm_readv(pid: int, address: int, length: int) -> bytes:
     """process_vm_readv(2) of one range: the kernel reads it through get_user_pages, on behalf of this thread."""
     buffer = ctypes.create_string_buffer(length)
-    return buffer.raw[: _vm_transfer("process_vm_readv", pid, address, buffer)]
+    count = _vm_transfer("process_vm_readv", pid, address, buffer)
+    return buffer.raw[:count]
 
 
 def process_vm_writev(pid: int, address: int, data: bytes) -> int:
