@@ -11,7 +11,7 @@ import pytest
 
 from uffd_selftests import kernel
 from uffd_selftests.case import Case
-from uffd_selftests.harness import gating, proc, runner, steward
+from uffd_selftests.harness import gating, health, proc, runner, steward
 from uffd_selftests.harness.health import KernelHealth
 from uffd_selftests.harness.results import Planned
 from uffd_selftests.machine import HugepageCounts
@@ -331,7 +331,7 @@ def test_timeout_in_pytests_words(run: Run, workers: list[str]) -> None:
         *workers,
     )
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["TIMEOUT 0.3 seconds", "task * S in *nanosleep*"])
+    result.stdout.fnmatch_lines(["TIMEOUT 0.3 seconds", "task * S in *"])
 
 
 @needs_userfaultfd
@@ -423,9 +423,9 @@ def test_kernel_complaint_in_ktap(run: Run, pytester: pytest.Pytester) -> None:
 @pytest.mark.parametrize(("users", "outcome"), [([], "error"), ([1], "pass")])
 def test_lost_hugepages(run: Run, monkeypatch: pytest.MonkeyPatch, users: list[int], outcome: str) -> None:
     """Huge pages that nobody has and that do not come back fail the case; those that somebody has do not."""
-    used = iter([3, *[5] * 1000])
-    monkeypatch.setattr(runner, "hugepages", lambda _: HugepageCounts(10, 10 - next(used), 0, 0))
-    monkeypatch.setattr(runner, "PAGES_BACK_SECONDS", 0.05)
+    used = iter([3, 3, 3, *[5] * 1000])  # for the steward's two watchers, and for the case's
+    monkeypatch.setattr(health, "hugepages", lambda _: HugepageCounts(10, 10 - next(used), 0, 0))
+    monkeypatch.setattr(health, "PAGES_BACK_SECONDS", 0.05)
     monkeypatch.setattr(proc, "hugetlb_users", lambda: users)
     result = run("""
     @uffd_case("takes")

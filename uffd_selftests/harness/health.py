@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The kernel's own opinion: what it logged and how it tainted itself since somebody last asked.
+"""The kernel's own opinion: what it logged, how it tainted itself, what it lost since somebody last asked.
 
 Sources: /dev/kmsg (Documentation/ABI/testing/dev-kmsg) and /proc/sys/kernel/tainted
 (Documentation/admin-guide/tainted-kernels.rst).
@@ -10,7 +10,11 @@ from __future__ import annotations
 import errno
 import os
 import re
+import time
 from importlib import resources
+
+from uffd_selftests.harness import proc
+from uffd_selftests.machine import HugepageCounts, hugepages
 
 KMSG = "/dev/kmsg"
 TAINTED = "/proc/sys/kernel/tainted"
@@ -21,6 +25,9 @@ DEFECT_TAINTS = "MBDWL"
 """Flags that come from a defect: machine check, bad page, oops, warning, lockup. The others come from modules."""
 
 MAX_COMPLAINT_LINES = 20
+
+PAGES_BACK_SECONDS = 2.0
+"""How long huge pages may take to come back after their process is gone: the kernel can free them in the background."""
 
 
 class Patterns:
@@ -47,6 +54,32 @@ class Patterns:
     def complains(self, text: str) -> bool:
         """Whether one record of the log is a complaint."""
         return bool(self._complaint.search(text)) and not self._harmless.search(text)
+
+
+class HugepageUse:
+    """Watches how many pages of a huge page pool are taken, from its making on."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._before = self._now()
+
+    def _now(self) -> tuple[int, int]:
+        """Return how many pages are in use and how many are promised; the size of the pool does not matter."""
+        counts = hugepages(self._size) if self._size else HugepageCounts(0, 0, 0, 0)
+        return counts.total - counts.free, counts.reserved
+
+    def lost(self) -> list[str]:
+        """Say how many more pages are taken than at first, although no process has any."""
+        until = time.monotonic() + PAGES_BACK_SECONDS
+        while True:
+            used, reserved = (now - before for now, before in zip(self._now(), self._before, strict=True))
+            if (used <= 0 and reserved <= 0) or proc.hugetlb_users():  # somebody else on this machine
+                return []
+            if time.monotonic() > until:
+                break
+            time.sleep(0.01)
+        lines = {"huge pages not given back": used, "huge pages still reserved": reserved}
+        return [f"{count} {what}" for what, count in lines.items() if count > 0]
 
 
 class KernelHealth:

@@ -6,16 +6,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from _pytest.runner import runtestprotocol
 
 from uffd_selftests.harness import gating, proc
+from uffd_selftests.harness.health import HugepageUse
 from uffd_selftests.harness.isolation import Ending, How, Isolator, Send
 from uffd_selftests.harness.results import declaration
-from uffd_selftests.machine import hugepages, lack_of_hugepages
+from uffd_selftests.machine import lack_of_hugepages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from uffd_selftests.kernel import Facts
 
 PHASES = ("setup", "call", "teardown")
-
-PAGES_BACK_SECONDS = 2.0
-"""How long huge pages may take to come back after their process is gone: the kernel can free them in the background."""
 
 REFUSAL = pytest.StashKey[str]()
 """Why a test fails without having run: it lacks something that was required."""
@@ -129,11 +126,11 @@ class Runner:
             self._isolator = Isolator()
             for fd in self._guarded:
                 self._isolator.guard(fd)
-        pages_before = self._pages_in_use()
+        pages = HugepageUse(self._facts.hugepage_size if self._health else 0)
         ending = self._isolator.run(lambda send: self._perform(item, send), deadline=self._settings.deadline)
         reports = _reports(item, ending)
         left = [record.line for record in ending.records if isinstance(record, Leak)] + ending.leftovers
-        left += self._pages_lost(pages_before)
+        left += pages.lost()
         if left:
             _fail_late(item, reports, "left behind", left)
         if self._health and (complaints := self._health.complaints()):
@@ -160,28 +157,6 @@ class Runner:
         if not failed:  # the traceback of a failure keeps its frames alive, and what they hold
             for fd in proc.userfaultfds():
                 send(Leak(f"userfaultfd {fd} is open"))
-
-    def _pages_in_use(self) -> tuple[int, int]:
-        """Return how many huge pages are in use and how many are promised, if nobody else here changes that."""
-        if not self._health or not self._facts.hugepage_size:
-            return 0, 0
-        counts = hugepages(self._facts.hugepage_size)
-        return counts.total - counts.free, counts.reserved
-
-    def _pages_lost(self, before: tuple[int, int]) -> list[str]:
-        """Say how many more huge pages are in use than before although nobody has them."""
-        until = time.monotonic() + PAGES_BACK_SECONDS
-        while True:
-            used, reserved = (now - then for now, then in zip(self._pages_in_use(), before, strict=True))
-            if used <= 0 and reserved <= 0:
-                return []
-            if time.monotonic() > until:
-                break
-            time.sleep(0.01)
-        if proc.hugetlb_users():  # somebody else on this machine took them
-            return []
-        lines = {"huge pages not given back": used, "huge pages still reserved": reserved}
-        return [f"{count} {what}" for what, count in lines.items() if count > 0]
 
 
 def _reports(item: pytest.Item, ending: Ending) -> list[pytest.TestReport]:

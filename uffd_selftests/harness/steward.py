@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from uffd_selftests import kernel
-from uffd_selftests.harness import proc
-from uffd_selftests.harness.health import KernelHealth
+from uffd_selftests.harness.health import HugepageUse, KernelHealth
 from uffd_selftests.harness.results import Planned, Result
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ class Steward:
         self._folder: Path | None = None
         self._workers: list[int] = []
         self._pool: kernel.HugepagePool | None = None
-        self._pages_before = 0
+        self._pages = HugepageUse(self.facts.hugepage_size)
         self._begun = False
         self._ended_by = ""
         self._problems: list[Result] = []
@@ -73,7 +72,7 @@ class Steward:
             return
         self._begun = True
         kernel.repair()
-        self._pages_before = self._pages_in_use()
+        self._pages = HugepageUse(self.facts.hugepage_size)
         wanted = workers * max(planned.hugepages for planned in plan)
         if wanted:
             self._pool = self._cleanup.enter_context(kernel.HugepagePool(self.facts.hugepage_size, wanted))
@@ -146,18 +145,11 @@ class Steward:
         """Find what no single result can be blamed for."""
         if complaints := self.health.complaints():
             self._blame("kernel-log", complaints)
-        lost = self._pages_in_use() - self._pages_before
-        if self._workers and lost > 0 and not proc.hugetlb_users():
-            self._blame("hugepages", [f"{lost} huge pages not given back"])
+        if self._workers and (lost := self._pages.lost()):
+            self._blame("hugepages", lost)
 
     def _blame(self, name: str, lines: list[str]) -> None:
         self._problems.append(Result(Planned(name, name, name), "fail", diagnostics=lines))
-
-    def _pages_in_use(self) -> int:
-        if not self.facts.hugepage_size:
-            return 0
-        counts = kernel.hugepages(self.facts.hugepage_size)
-        return counts.total - counts.free
 
     def _documents(self, ended_by: str, exitstatus: int) -> dict[str, Any]:
         changed = {"hugepages": {"size": self._pool.size, "added": self._pool.added}} if self._pool else {}
