@@ -864,6 +864,31 @@ def small_area(ctx: Context) -> Area:
     return area
 
 
+def collapse(where: Range) -> None:
+    """MADV_COLLAPSE, repeated while the kernel says that something is in its way for the moment (EAGAIN)."""
+
+    def collapsed() -> bool:
+        try:
+            advise(where, Advice.COLLAPSE)
+        except KernelError as error:
+            if error.errno != errno.EAGAIN:
+                raise
+            return False
+        return True
+
+    advise(where, Advice.HUGEPAGE)
+    eventually(collapsed, "MADV_COLLAPSE not to say EAGAIN")
+
+
+def require_collapse(ctx: Context) -> None:
+    """Skip where not even memory that nobody watches can be collapsed into a transparent huge page."""
+    area = small_area(ctx)
+    try:
+        collapse(area.range)
+    except KernelError as error:
+        raise Skip(f"no transparent huge page of {ctx.mem} memory to be had: {error} (Linux 6.1)") from None
+
+
 def huge_area(ctx: Context) -> Area:
     """Map an area that one transparent huge page fills, mapped as such; Skip where none can be had."""
     area = ctx.allocate(pmd_size() // PAGE_SIZE)
@@ -871,7 +896,7 @@ def huge_area(ctx: Context) -> Area:
         advise(area.range, Advice.HUGEPAGE)
         area.fill()
         if pmd_mapped(area.range) < area.range.len:
-            advise(area.range, Advice.COLLAPSE)
+            collapse(area.range)
     except KernelError as error:
         raise Skip(f"no transparent huge page of {ctx.mem} memory to be had: {error}") from None
     return area
@@ -1052,4 +1077,3 @@ def pinned(where: Range) -> Iterator[None]:
             checked(lib.uffd_ioctl(fd, _PIN_LONGTERM_TEST_STOP, 0), "PIN_LONGTERM_TEST_STOP")
     finally:
         os.close(fd)
-
