@@ -24,12 +24,14 @@ from uffd_selftests.common import (
     Skip,
     Uffd,
     bad_ranges,
+    collapse,
     eventually,
     expect,
     fails,
     huge_area,
     promise,
     refuses,
+    require_collapse,
     small_area,
     swap_out,
 )
@@ -1083,13 +1085,13 @@ def test_writeprotect_thp_fork_event(ctx: Context) -> None:
 )
 def test_writeprotect_collapse(ctx: Context) -> None:
     """MADV_COLLAPSE refuses a range with a protected page, which stays protected."""
+    require_collapse(ctx)
     area = small_area(ctx)
     ctx.uffd.register(area.range, WP)
     for number in (0, 7, area.nr_pages - 1):
         ctx.uffd.writeprotect(area.page(number))
-        advise(area.range, Advice.HUGEPAGE)
         with promise("WP-26", f"page {number} protected"), fails(EINVAL):
-            advise(area.range, Advice.COLLAPSE)
+            collapse(area.range)
         advise(area.range, Advice.NOHUGEPAGE)
         Pagemap.expect_protected(area, {number}, "after MADV_COLLAPSE")
         expect_trapped(ctx.uffd, area, number)
@@ -1107,13 +1109,13 @@ def test_writeprotect_collapse(ctx: Context) -> None:
 )
 def test_writeprotect_collapse_missing(ctx: Context) -> None:
     """MADV_COLLAPSE refuses a range with a page that is protected though not there, which stays protected."""
+    require_collapse(ctx)
     area = small_area(ctx)
     advise(area.page(7), Advice.DONTNEED)
     ctx.uffd.register(area.range, WP)
     ctx.uffd.writeprotect(area.page(7))
-    advise(area.range, Advice.HUGEPAGE)
     with promise("WP-26"), fails(EINVAL):
-        advise(area.range, Advice.COLLAPSE)
+        collapse(area.range)
     Pagemap.expect_protected(area, {7}, "after MADV_COLLAPSE")
     expect_trapped(ctx.uffd, area, 7)
 
