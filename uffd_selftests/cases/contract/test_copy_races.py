@@ -1,0 +1,456 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""UFFDIO_COPY overtaken: by its own source, by changes of the destination meanwhile, by readers, by SIGKILL.
+
+A source page that is not in memory makes the kernel let go of the destination and look it up again afterwards. To
+stay there for as long as a case likes, the source is a missing page of another userfaultfd.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from errno import EAGAIN, EEXIST, EINVAL, ENOENT, ENOMEM
+from functools import partial
+
+from uffd_selftests import uapi
+from uffd_selftests.case import Kind, uffd_case
+from uffd_selftests.common import (
+    DEADLINE,
+    MISSING,
+    UNTOUCHED,
+    WP,
+    Context,
+    Pagemap,
+    Removed,
+    Uffd,
+    UffdError,
+    eventually,
+    expect,
+    promise,
+    refuses,
+)
+from uffd_selftests.mem_types import (
+    ALL,
+    ANON,
+    HUGETLB,
+    HUGETLB_PRIVATE,
+    SHMEM,
+    SHMEM_PRIVATE,
+    MemType,
+    default_hugepage_size,
+)
+from uffd_selftests.memory import (
+    MAP_ANONYMOUS,
+    MAP_FIXED,
+    MAP_NORESERVE,
+    MAP_PRIVATE,
+    MAP_SHARED,
+    PAGE_SIZE,
+    PROT_READ,
+    Advice,
+    Range,
+    advise,
+    errno_name,
+    expect_same,
+    map_memory,
+    mapped,
+    peek,
+    poke,
+    protect,
+    unmap,
+)
+from uffd_selftests.processes import Channel, Child, Waiter, faulting_pages
+from uffd_selftests.syscalls import free_bytes, limited_file, stored_bytes
+from uffd_selftests.uapi import PM_PRESENT, CopyMode, Feature
+
+SMALL = (ANON, SHMEM, SHMEM_PRIVATE)
+HUGEPAGE = default_hugepage_size()
+KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK
+"""Flags of a handle that reports faults of the kernel too: UFFDIO_COPY reads its source in the kernel."""
+
+
+@contextmanager
+def copy_held(
+    uffd: Uffd,
+    dst: int,
+    data: Range,
+    *,
+    at: int = 0,
+    mode: CopyMode = CopyMode(0),
+    outcome: AbstractContextManager[object] | None = None,
+) -> Iterator[None]:
+    """Have a thread copy ``data`` to ``dst``; the block runs while it sleeps: ``at`` bytes of the source are there.
+
+    At the end of the block the rest of the source comes, and the copy goes on; then its ``outcome`` is judged.
+    """
+
+    def call() -> None:
+        with outcome or nullcontext():
+            uffd.copy(dst, source.start, data.len, mode)
+
+    with closing(ANON.allocate(data.len // PAGE_SIZE)) as source, Uffd.open(Feature(0), KERNEL_FAULTS) as monitor:
+        monitor.register(source.range, MISSING)
+        if at:
+            monitor.copy(source.start, data.start, at)
+        with Waiter(call) as waiter:
+            eventually(lambda: waiter.done or monitor.readable(), "the copy to wait for its source")
+            if waiter.done:
+                waiter.result()
+                raise AssertionError("expected the copy to wait for its source; it has returned")
+            monitor.wait_fault(source.start + at)
+            yield
+            monitor.copy(source.start + at, data.start + at, data.len - at)
+
+
+@contextmanager
+def may_refuse(*numbers: int) -> Iterator[None]:
+    """Let the fill in the block succeed, or fail without progress with one of these errnos."""
+    try:
+        yield
+    except UffdError as error:
+        if error.errno not in numbers or error.output != -error.errno:
+            raise AssertionError(f"expected success or {' or '.join(map(errno_name, numbers))}; got {error}") from None
+
+
+def page_held(
+    ctx: Context, page: int = 0, outcome: AbstractContextManager[object] | None = None, mode: CopyMode = CopyMode(0)
+) -> AbstractContextManager[None]:
+    """Hold a copy of one page of the source to the same page of the destination."""
+    return copy_held(ctx.uffd, ctx.dst.page(page).start, ctx.src.page(page), mode=mode, outcome=outcome)
+
+
+# ---- the source ----------------------------------------------------------------------------------------------------
+
+
+@uffd_case(
+    "copy-source-fault",
+    mem=ALL,
+    needs=("kernel_faults",),
+    pages=3,
+    spare_hugepages=1,
+    rows=("CP-31",),
+    kind=Kind.DETAIL,
+)
+def test_copy_source_fault(ctx: Context) -> None:
+    """A copy waits for a source page that is missing itself, goes on where it was, and wakes its threads at the end."""
+    ctx.src.fill()
+    ctx.uffd.register(ctx.dst.range, MISSING)
+    with faulting_pages(ctx.uffd, ctx.dst, 0, 1, 2):
+        with copy_held(ctx.uffd, ctx.dst.start, ctx.src.page(0, 3), at=ctx.page_size):
+            Pagemap.expect_present(ctx.dst, 0)
+            ctx.uffd.expect_still_asleep(3)
+        ctx.uffd.expect_asleep(0)
+    ctx.dst.expect_pattern_of(ctx.src)
+    ctx.uffd.expect_no_message()
+
+
+@uffd_case(
+    "copy-onto-itself",
+    mem=ALL,
+    needs=("kernel_faults",),
+    pages=1,
+    spare_hugepages=1,
+    rows=("CP-33",),
+    kind=Kind.DETAIL,
+)
+def test_copy_onto_itself(ctx: Context) -> None:
+    """A missing page that is to be copied onto itself faults as source; when that is resolved it is there: EEXIST."""
+    ctx.src.fill()
+
+    def copy_onto_itself() -> None:
+        with refuses(EEXIST):
+            uffd.copy(ctx.dst.start, ctx.dst.start, ctx.page_size)
+
+    with Uffd.open(Feature(0), KERNEL_FAULTS) as uffd:
+        uffd.register(ctx.dst.range, MISSING)
+        with Waiter(copy_onto_itself):
+            uffd.wait_fault(ctx.dst.start)
+            uffd.copy(ctx.dst.start, ctx.src.start, ctx.page_size)
+        uffd.expect_no_message()
+    ctx.dst.expect_pattern_of(ctx.src)
+
+
+# ---- the destination, while the source is waited for ---------------------------------------------------------------
+
+
+@uffd_case(
+    "copy-overtaken",
+    mem=ALL,
+    needs=("kernel_faults",),
+    pages=3,
+    spare_hugepages=1,
+    rows=("CP-32",),
+    kind=Kind.DETAIL,
+)
+def test_copy_overtaken(ctx: Context) -> None:
+    """A copy looks again where its page goes: EEXIST when another one was faster, ENOENT when the range has gone."""
+    ctx.src.fill()
+    ctx.uffd.register(ctx.dst.range, MISSING)
+    with promise("CP-32", "filled meanwhile"), page_held(ctx, 0, refuses(EEXIST)):
+        ctx.uffd.copy(ctx.dst.start, ctx.src.page(2).start, ctx.page_size)
+    expect_same(ctx.src.page(2).start, ctx.dst.start, ctx.page_size, "the page filled by the other copy")
+    with promise("CP-32", "unregistered meanwhile"), page_held(ctx, 1, refuses(ENOENT)):
+        ctx.uffd.unregister(ctx.dst.page(1))
+    Pagemap.expect_present(ctx.dst, 0)
+    with promise("CP-32", "unmapped meanwhile"), page_held(ctx, 2, refuses(ENOENT)):
+        unmap(ctx.dst.page(2))
+
+
+@uffd_case(
+    "copy-overtaken-in-file",
+    mem=(SHMEM, HUGETLB),
+    needs=("kernel_faults",),
+    pages=2,
+    spare_hugepages=1,
+    rows=("CP-32", "CP-22"),
+    kind=Kind.DETAIL,
+)
+def test_copy_overtaken_in_file(ctx: Context) -> None:
+    """A page that comes into the file by another way while a copy waits for its source stays as it is: EEXIST."""
+    ctx.src.fill()
+    ctx.uffd.register(ctx.dst.range, MISSING)
+    with ctx.dst.file_view() as view, page_held(ctx, 0, refuses(EEXIST)):
+        poke(view.start, b"\xee")
+    Pagemap.expect_present(ctx.dst)
+    expect(peek(ctx.dst.start, 2), b"\xee\0", "the page's first bytes")
+
+
+@uffd_case(
+    "copy-overtaken-midway",
+    mem=ALL,
+    needs=("kernel_faults",),
+    pages=4,
+    spare_hugepages=1,
+    rows=("CP-32", "CP-09"),
+    kind=Kind.DETAIL,
+)
+def test_copy_overtaken_midway(ctx: Context) -> None:
+    """A copy whose range is not one mapping any more stops with what is done: ENOENT for nothing, EAGAIN for a part."""
+    ctx.src.fill()
+    ctx.uffd.register(ctx.dst.range, MISSING)
+    size = ctx.page_size
+    with promise("CP-32", "half unmapped after the first page"):
+        with copy_held(ctx.uffd, ctx.dst.start, ctx.src.page(0, 2), at=size, outcome=refuses(EAGAIN, output=size)):
+            unmap(ctx.dst.page(1))
+        ctx.dst.expect_pattern_of(ctx.src, 0, 1)
+    with promise("CP-32", "cut in two before the first page"):
+        with copy_held(ctx.uffd, ctx.dst.page(2).start, ctx.src.page(2, 2), outcome=refuses(ENOENT)):
+            protect(ctx.dst.page(3), PROT_READ)
+        Pagemap.expect_present(ctx.dst, 0)
+
+
+@uffd_case(
+    "copy-overtaken-mode",
+    mem=SMALL,
+    features=Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM,
+    needs=("kernel_faults",),
+    pages=1,
+    rows=("CP-05", "CP-32"),
+    kind=Kind.DETAIL,
+)
+def test_copy_overtaken_mode(ctx: Context) -> None:
+    """A copy with MODE_WP whose range is not registered for it any more fills nothing: EINVAL."""
+    ctx.uffd.register(ctx.dst.range, MISSING | WP)
+    with page_held(ctx, 0, refuses(EINVAL), CopyMode.WP):
+        ctx.uffd.unregister(ctx.dst.range)
+        ctx.uffd.register(ctx.dst.range, MISSING)
+    Pagemap.expect_present(ctx.dst)
+
+
+@uffd_case(
+    "copy-overtaken-by-event",
+    mem=ALL,
+    features=Feature.EVENT_REMOVE,
+    needs=("kernel_faults",),
+    pages=2,
+    spare_hugepages=1,
+    rows=("CP-14", "CP-32"),
+)
+def test_copy_overtaken_by_event(ctx: Context) -> None:
+    """An event that is raised while a copy waits for its source makes it fill nothing: EAGAIN."""
+    dropped = ctx.dst.page(1)
+    ctx.uffd.register(ctx.dst.range, MISSING)
+    with ExitStack() as stack:
+        with page_held(ctx, 0, refuses(EAGAIN)):
+            stack.enter_context(Waiter(lambda: advise(dropped, Advice.DONTNEED)))
+            expect(ctx.uffd.readable(DEADLINE), True, "a readable event")
+        expect(ctx.uffd.read(), [Removed(dropped.start, dropped.end)], "the event")
+    Pagemap.expect_present(ctx.dst)
+
+
+def replacement(mem: MemType, length: int) -> tuple[int, int]:
+    """Return mmap flags and a memfd (or -1) for memory of another kind or object than ``mem``, to be its successor."""
+    if mem in (SHMEM, HUGETLB, HUGETLB_PRIVATE):
+        return MAP_PRIVATE | MAP_ANONYMOUS, -1
+    fd = os.memfd_create("successor", os.MFD_CLOEXEC)
+    os.ftruncate(fd, length)
+    return MAP_SHARED, fd
+
+
+@uffd_case(
+    "copy-overtaken-by-another-mapping",
+    mem=ALL,
+    needs=("kernel_faults",),
+    pages=1,
+    spare_hugepages=1,
+    rows=("CP-34",),
+    kind=Kind.DETAIL,
+)
+def test_copy_overtaken_by_another_mapping(ctx: Context) -> None:
+    """A copy whose mapping is replaced by another registered one goes wholly there, or says that it went nowhere."""
+    ctx.src.fill()
+    length = ctx.page_size
+    ctx.uffd.register(ctx.dst.range, MISSING)
+    # The successor gets the data, until Linux 7.1, from which on EAGAIN says to look again; huge pages were asked for.
+    outcome = refuses(ENOENT) if ctx.mem.hugetlb else may_refuse(EAGAIN)
+    with page_held(ctx, 0, outcome):
+        flags, fd = replacement(ctx.mem, length)
+        map_memory(length, at=ctx.dst.start, flags=flags | MAP_FIXED | MAP_NORESERVE, fd=fd)
+        ctx.uffd.register(ctx.dst.range, MISSING)
+    if Pagemap.entry(ctx.dst.start) & PM_PRESENT:
+        ctx.dst.expect_pattern_of(ctx.src)
+        if fd >= 0:
+            expect(os.pread(fd, length, 0) == peek(ctx.src.start, length), True, "the new file's bytes as the source's")
+    elif fd >= 0:
+        expect(stored_bytes(fd), 0, "bytes stored in the new file")
+    if ctx.dst.fd is not None:
+        expect(stored_bytes(ctx.dst.fd), 0, "bytes stored in the old file")
+
+
+@uffd_case(
+    "copy-overtaken-by-full-tmpfs",
+    mem=(ANON,),
+    needs=("kernel_faults", "cap_sys_admin"),
+    pages=2,
+    rows=("CP-25", "CP-32"),
+    kind=Kind.DETAIL,
+)
+def test_copy_overtaken_by_full_tmpfs(ctx: Context) -> None:
+    """A tmpfs that fills up while a copy waits for its source refuses the page, ENOMEM, and has lost no room."""
+    ctx.src.fill()
+    with limited_file("tmpfs", PAGE_SIZE, 2 * PAGE_SIZE) as fd:
+        with mapped(2 * PAGE_SIZE, flags=MAP_SHARED, fd=fd) as where:
+            ctx.uffd.register(where, MISSING)
+            with copy_held(ctx.uffd, where.start, ctx.src.page(0), outcome=refuses(ENOMEM)):
+                os.pwrite(fd, b"1", PAGE_SIZE)
+        expect((stored_bytes(fd), free_bytes(fd)), (PAGE_SIZE, 0), "bytes stored and bytes free")
+        os.ftruncate(fd, 0)
+        expect((stored_bytes(fd), free_bytes(fd)), (0, PAGE_SIZE), "bytes stored and bytes free in the empty file")
+
+
+@uffd_case(
+    "copy-overtaken-by-empty-pool",
+    mem=(HUGETLB,),
+    needs=("kernel_faults", "cap_sys_admin"),
+    pages=1,
+    spare_hugepages=1,
+    rows=("CP-28", "CP-32"),
+    kind=Kind.DETAIL,
+)
+def test_copy_overtaken_by_empty_pool(ctx: Context) -> None:
+    """A copy whose huge page another one took while it waited for its source fills nothing: ENOMEM, or EEXIST."""
+    ctx.src.fill()
+    size, flags = 2 * HUGEPAGE, MAP_SHARED | MAP_NORESERVE
+    with limited_file("hugetlbfs", HUGEPAGE, size) as fd, mapped(size, flags=flags, fd=fd) as where:
+        ctx.uffd.register(where, MISSING)
+        with copy_held(ctx.uffd, where.start, ctx.src.page(0), outcome=may_refuse(ENOMEM, EEXIST)):
+            ctx.uffd.copy(where.start + HUGEPAGE, ctx.src.start, HUGEPAGE)
+        expect(Pagemap.entry(where.start) & PM_PRESENT, 0, "PM_PRESENT of the page refused")
+        expect((stored_bytes(fd), free_bytes(fd)), (HUGEPAGE, 0), "bytes stored and bytes free")
+        advise(Range(where.start + HUGEPAGE, HUGEPAGE), Advice.REMOVE)
+        expect((stored_bytes(fd), free_bytes(fd)), (0, HUGEPAGE), "bytes stored and bytes free in the empty file")
+
+
+# ---- readers and other copies at the same time ---------------------------------------------------------------------
+
+
+@uffd_case("copy-never-torn", mem=SMALL, pages=512, rows=("CP-50",), smp=True)
+def test_copy_never_torn(ctx: Context) -> None:
+    """A thread that reads along with the copies, page by page, never sees a page that is not filled to the end."""
+    ctx.src.fill()
+    ctx.uffd.register(ctx.dst.range, MISSING)
+    with Waiter(lambda: ctx.dst.expect_pattern_of(ctx.src)):
+        for page in range(ctx.nr_pages):
+            ctx.uffd.copy(ctx.dst.page(page).start, ctx.src.page(page).start, ctx.page_size)
+
+
+@uffd_case("copy-never-torn-huge", mem=(HUGETLB, HUGETLB_PRIVATE), pages=4, rows=("CP-50",), smp=True)
+def test_copy_never_torn_huge(ctx: Context) -> None:
+    """A thread that comes while a huge page is being copied waits until all of it is there."""
+    ctx.src.fill()
+    ctx.uffd.register(ctx.dst.range, MISSING)
+    for page in range(ctx.nr_pages):
+        with Waiter(partial(ctx.dst.expect_pattern_of, ctx.src, page, 1)):
+            ctx.uffd.copy(ctx.dst.page(page).start, ctx.src.page(page).start, ctx.page_size)
+
+
+@uffd_case("copy-twice-at-once", mem=ALL, pages=8, spare_hugepages=2, rows=("CP-10",), smp=True)
+def test_copy_twice_at_once(ctx: Context) -> None:
+    """Of two copies to one page at the same time exactly one succeeds and the other says EEXIST."""
+    ctx.src.fill()
+    ctx.uffd.register(ctx.dst.range, MISSING)
+    winners: list[list[int]] = [[] for _ in range(ctx.nr_pages)]
+
+    def fill_all(other: int) -> None:
+        for page, won in enumerate(winners):
+            with may_refuse(EEXIST):
+                ctx.uffd.copy(ctx.dst.page(page).start, ctx.src.page(page ^ other).start, ctx.page_size)
+                won.append(page ^ other)
+
+    with Waiter(lambda: fill_all(1)):
+        fill_all(0)
+    for page, won in enumerate(winners):
+        expect(len(won), 1, f"copies to page {page} that succeeded")
+        expect_same(ctx.src.page(won[0]).start, ctx.dst.page(page).start, ctx.page_size, f"page {page}")
+
+
+# ---- SIGKILL -------------------------------------------------------------------------------------------------------
+
+
+def killed_copy(ctx: Context) -> tuple[int, list[bool]]:
+    """Have a child copy into the whole destination and kill it when the first page is there.
+
+    Returns the output field, and which pages are mapped.
+    """
+    arg = uapi.uffdio_copy(ctx.dst.start, ctx.src.start, ctx.dst.range.len, 0, UNTOUCHED)
+
+    with mapped(PAGE_SIZE, flags=MAP_SHARED | MAP_ANONYMOUS) as shared:
+        poke(shared.start, bytes(arg))
+
+        def copier(_: Channel) -> None:
+            ctx.uffd.raw_ioctl(uapi.UFFDIO_COPY, shared.start)
+
+        with Child(copier) as child:
+            eventually(lambda: bool(Pagemap.entry(ctx.dst.start) & PM_PRESENT), "the first page to be there")
+            child.kill()
+        (output,) = struct.unpack("=q", peek(shared.start + len(bytes(arg)) - 8, 8))
+    entries = Pagemap.entries(ctx.dst.range)[:: ctx.page_size // PAGE_SIZE]
+    return output, [bool(entry & PM_PRESENT) for entry in entries]
+
+
+def expect_killed_copy(ctx: Context) -> None:
+    """Assert that SIGKILL ends a copy between two pages, which the output field counts."""
+    for _ in range(20):
+        ctx.uffd.register(ctx.dst.range, MISSING)
+        output, present = killed_copy(ctx)
+        done = output // ctx.page_size
+        expect(present, [page < done for page in range(ctx.nr_pages)], f"pages mapped when the output is {output}")
+        if output < ctx.dst.range.len:
+            return
+        ctx.uffd.unregister(ctx.dst.range)
+        ctx.dst.release()
+    raise AssertionError("SIGKILL did not end any of 20 copies before its last page")
+
+
+@uffd_case("copy-killed", mem=(ANON,), pages=16384, rows=("CP-51",), kind=Kind.DETAIL)
+def test_copy_killed(ctx: Context) -> None:
+    """A copier that is killed leaves the pages that it has filled, and their number in the output field."""
+    expect_killed_copy(ctx)
+
+
+@uffd_case("copy-killed-huge", mem=(HUGETLB,), pages=8, spare_hugepages=1, rows=("CP-51",), kind=Kind.DETAIL)
+def test_copy_killed_huge(ctx: Context) -> None:
+    """The same with huge pages: none is filled after the kill."""
+    expect_killed_copy(ctx)
