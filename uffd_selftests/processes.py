@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import os
 import pickle
+import resource
 import signal
 import socket
 import struct
@@ -414,6 +415,19 @@ def orphaned(
                 child.wait()
             yield uffd
         child.kill()
+
+
+@contextmanager
+def out_of_descriptors() -> Iterator[None]:
+    """Let this process open no further descriptor (RLIMIT_NOFILE)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 # ---- privileges, for a child that gives them up --------------------------------------------------------------------
