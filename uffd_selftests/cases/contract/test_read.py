@@ -357,14 +357,14 @@ def test_read_signal(ctx: Context) -> None:
 EATEN = Defect(
     id="D-RD-11",
     summary="read(2) into a bad buffer fails with EFAULT, but the message is gone: it is never told again.",
-    kernels="6.1, 6.12.117, 6.18.44",
+    kernels="6.12.117, 6.18.44",
     advice="Read into memory that is there; after EFAULT wake the whole registered area, which brings new messages.",
 )
 
 SECOND_EATEN = Defect(
     id="D-RD-12",
     summary="read(2) whose buffer is bad from the second message on returns the first, but the second is gone.",
-    kernels="6.1, 6.12.117, 6.18.44",
+    kernels="6.12.117, 6.18.44",
     advice="Read into memory that is there for the whole length that is asked for.",
 )
 
