@@ -1039,7 +1039,8 @@ class Pagemap:
     @classmethod
     def expect_present(cls, area: Area, *pages: int) -> None:
         """Assert that these pages of the area are mapped, and no others."""
-        present = [page for page in range(area.nr_pages) if cls.entry(area.page(page).start) & uapi.PM_PRESENT]
+        entries = cls.entries(area.range)[:: area.page_size // PAGE_SIZE]
+        present = [page for page, entry in enumerate(entries) if entry & uapi.PM_PRESENT]
         expect(present, sorted(pages), f"pages of the {area.mem.name} area that are mapped")
 
 

@@ -108,8 +108,11 @@ class Waiter:
 
     @property
     def cpu_time(self) -> float:
-        """Seconds that the thread has run."""
-        return time.clock_gettime(time.pthread_getcpuclockid(self._thread.ident or 0))
+        """Seconds that the thread has run; 0 when it has ended."""
+        try:
+            return time.clock_gettime(time.pthread_getcpuclockid(self._thread.ident or 0))
+        except OSError:
+            return 0.0
 
     def signal(self, number: int) -> None:
         """Send a signal to the thread itself."""
