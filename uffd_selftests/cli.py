@@ -7,8 +7,10 @@ Exit codes: 0 nothing failed, 1 something failed, 2 usage error, 4 nothing could
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -76,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments, passed = arguments[:split], arguments[split + 1 :]
     args = parser().parse_args(arguments)
     try:
+        _check_stdout()
         for each in OPTIONS:
             each.value(getattr(args, each.name))
         check_keyword(args.keyword or "")
@@ -85,6 +88,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{PROGRAM}: {error}\n")
         return EXIT_USAGE
     return _run(args, passed)
+
+
+def _check_stdout() -> None:
+    """Refuse to work for nobody; raises ValueError."""
+    try:
+        os.fstat(1)
+    except OSError:
+        raise ValueError("stdout is closed") from None
 
 
 def _make_ready(folder: Path) -> None:
@@ -111,11 +122,11 @@ def _run(args: argparse.Namespace, passed: list[str]) -> int:
     ktap_fd = os.dup(1)  # not inherited by other programs
     os.dup2(output, 1)
     witness = _Witness()
-    try:
+    status: int = pytest.ExitCode.INTERRUPTED
+    with contextlib.suppress(KeyboardInterrupt):  # before pytest heeds it, or when pytest has finished
         status = pytest.main([*_pytest_arguments(args, passed, ktap_fd), *passed], plugins=[witness])
-        sys.stdout.flush()
-    finally:
-        os.dup2(ktap_fd, 1)
+    sys.stdout.flush()
+    os.dup2(ktap_fd, 1)
     code, message = _judge(int(status), witness, args)
     if message:
         sys.stderr.write(f"{PROGRAM}: {message}\n")
@@ -192,6 +203,8 @@ def _judge(status: int, witness: _Witness, args: argparse.Namespace) -> tuple[in
     stash = witness.config.stash if witness.config else pytest.Stash()
     if SIGNALS in stash and (number := stash[SIGNALS].number):
         return 128 + number, ""
+    if not witness.config and status == pytest.ExitCode.INTERRUPTED:
+        return 128 + signal.SIGINT, ""
     if status == pytest.ExitCode.USAGE_ERROR:
         return EXIT_USAGE, ""  # pytest has said on stderr what is wrong
     if witness.broken:

@@ -38,7 +38,7 @@ def missing(case: Case, mem: MemType | None, facts: Facts) -> list[Missing]:
     for feature in _bits(case.features):
         found += [Missing(requirement_name(feature), reason) for reason in missing_features(facts, feature)]
     needs = list(case.needs)
-    if mem and mem.hugetlb and "hugetlb" not in needs:
+    if (mem.hugetlb if mem else case.spare_hugepages) and "hugetlb" not in needs:
         needs.append("hugetlb")
     for name in needs:
         if reason := REQUIREMENTS[name](facts):

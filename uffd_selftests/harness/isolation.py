@@ -27,7 +27,7 @@ import time
 import traceback
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -155,7 +155,8 @@ class Isolator:
         if not pid:
             os.close(reports)
             try:
-                _settle(parent, self._guarded)
+                # One that has been closed since may have lent its number to the child's own descriptors.
+                _settle(parent, set(self._guarded) - {sink, notes})
                 faulthandler.enable(file=notes)
                 faulthandler.dump_traceback_later(TRACEBACK_SHARE * deadline, file=notes)
                 _perform(work, sink, notes)
@@ -295,7 +296,7 @@ def _fork() -> int:
         return os.fork()
 
 
-def _settle(parent: int, guarded: list[int]) -> None:
+def _settle(parent: int, guarded: Iterable[int]) -> None:
     """Make this process, a fresh child, a group of its own that dies with its parent and disturbs nobody."""
     os.setpgid(0, 0)
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

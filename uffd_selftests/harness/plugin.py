@@ -6,6 +6,7 @@ xdist's controller collects nothing and runs nothing, its workers report to it; 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -33,6 +34,7 @@ SETTINGS = pytest.StashKey[Settings]()
 SIGNALS = pytest.StashKey[Signals]()
 REPORTER = pytest.StashKey[Reporter]()
 STEWARD = pytest.StashKey[Steward]()
+FACTS = pytest.StashKey[kernel.Facts]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -57,7 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _be_worker(config: pytest.Config, settings: Settings, given: dict[str, Any]) -> None:
-    facts = kernel.Facts.from_dict(given["facts"])
+    facts = config.stash[FACTS] = kernel.Facts.from_dict(given["facts"])
     turns = Path(given["folder"]) / TURNS
     number = int(config.workerinput["workerid"].removeprefix("gw"))  # type: ignore[attr-defined]
     _register(config, Runner(settings, facts, turns=turns, cpu=number))
@@ -69,6 +71,7 @@ def _be_first(config: pytest.Config, settings: Settings, signals: Signals) -> No
         reporter = config.stash[REPORTER] = Reporter(settings, signals)
         _register(config, reporter)
     steward = config.stash[STEWARD] = Steward(config, settings, signals, reporter)
+    config.stash[FACTS] = steward.facts
     _register(config, steward)
     if config.getoption("dist", "no") == "no":
         guarded = reporter.descriptors if reporter else ()
@@ -148,12 +151,13 @@ def pytest_runtestloop(session: pytest.Session) -> None:
         if REPORTER in config.stash or any(declaration(item)[0] for item in session.items):
             config.stash[STEWARD].begin(plan)
     elif (fd := config.stash[SETTINGS].ktap_fd) is not None:
-        with open(fd, "w", closefd=False) as listing:
+        with contextlib.suppress(BrokenPipeError), open(fd, "w", closefd=False) as listing:
             listing.writelines(f"{planned.name}\n" for planned in plan)
 
 
 def _plan(session: pytest.Session) -> list[Planned]:
-    return [Planned.of(item, session.config.stash[SETTINGS].area_bytes) for item in session.items]
+    stash = session.config.stash
+    return [Planned.of(item, stash[SETTINGS].area_bytes, stash.get(FACTS, None)) for item in session.items]
 
 
 def _name_clash(plan: list[Planned]) -> str:

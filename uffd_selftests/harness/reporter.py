@@ -132,7 +132,7 @@ class Reporter:
         with contextlib.suppress(BrokenPipeError):
             if self._planned:
                 self._ktap.totals(self.totals)
-            if interrupted:
+            if interrupted and (self._open or not self._planned):
                 self._ktap.bail_out(interrupted)
 
     def write_files(self, documents: dict[str, Any]) -> None:
@@ -162,6 +162,6 @@ class Reporter:
     def _show(self, text: str) -> None:
         """Replace the progress line."""
         if self._progress:
-            width = os.get_terminal_size(self._progress.fileno()).columns
+            width = os.get_terminal_size(self._progress.fileno()).columns or 80  # 0 where nobody knows
             self._progress.write(f"\r\033[K{text[: width - 1]}")
             self._progress.flush()

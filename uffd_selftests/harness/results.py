@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from uffd_selftests.case import ATTRIBUTE, Case
-from uffd_selftests.harness.gating import hugepages_needed
+from uffd_selftests.harness.gating import hugepages_needed, missing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from uffd_selftests.kernel import Facts
     from uffd_selftests.mem_types import MemType
 
 MAX_LINE = 500
@@ -43,11 +44,11 @@ class Planned:
     defect: dict[str, str] | None = None
     """The known defect of kernels (id, summary, kernels, advice) that makes it an expected failure."""
     hugepages: int = 0
-    """Huge pages of the default size that it takes."""
+    """Huge pages of the default size that it takes; 0 when it is skipped for lack of something else."""
 
     @classmethod
-    def of(cls, item: pytest.Item, area_bytes: int) -> Planned:
-        """Return the plan for one collected test."""
+    def of(cls, item: pytest.Item, area_bytes: int, facts: Facts | None) -> Planned:
+        """Return the plan for one collected test; without facts, as if it could run."""
         case, variant, mem = declaration(item)
         promise = first_sentence(getattr(getattr(item, "function", None), "__doc__", None))
         if case is None:
@@ -62,7 +63,7 @@ class Planned:
             case.rows,
             case.kind.value,
             dataclasses.asdict(case.defect) if case.defect else None,
-            hugepages_needed(case, mem, area_bytes),
+            0 if facts and missing(case, mem, facts) else hugepages_needed(case, mem, area_bytes),
         )
 
     @classmethod

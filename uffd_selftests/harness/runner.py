@@ -75,9 +75,9 @@ class Runner:
         if not case:
             return self._run(item, isolate=self._settings.isolate_all or bool(item.get_closest_marker("isolated")))
         lacking = gating.missing(case, mem, self._facts)
-        needed = gating.hugepages_needed(case, mem, self._settings.area_bytes)
+        needed = 0 if lacking else gating.hugepages_needed(case, mem, self._settings.area_bytes)
         with self._turn(needed):
-            if not lacking and needed and (reason := lack_of_hugepages(self._facts.hugepage_size, needed)):
+            if needed and (reason := lack_of_hugepages(self._facts.hugepage_size, needed)):
                 lacking = [gating.Missing(gating.HUGEPAGES, reason)]
             if lacking:
                 self._refuse(item, lacking)

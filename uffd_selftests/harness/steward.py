@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from uffd_selftests.harness.reporter import Reporter
     from uffd_selftests.harness.settings import Settings
 
+# Files in the folder that the steward and the workers share.
 PAPER = "{worker}.json"
-"""The file in which a worker hands in its plan."""
+"""In it a worker hands in its plan."""
+TURNS = "turns"
+"""It is there when workers must take turns with the huge pages."""
 
 
 def hand_in(folder: Path, worker: str, plan: list[Planned], error: str) -> None:
@@ -183,7 +186,3 @@ class Steward:
 def _last_line(text: object) -> str:
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]
     return lines[-1].removeprefix("E ").strip() if lines else "unknown error"
-
-
-TURNS = "turns"
-"""The file in the shared folder that is there when workers must take turns with the huge pages."""
