@@ -43,7 +43,7 @@ from uffd_selftests.memory import (
     unmap,
 )
 from uffd_selftests.processes import Channel, Child, Waiter, faulting, undisturbed
-from uffd_selftests.uapi import CopyMode, Feature, PageCategory, PmScanFlag
+from uffd_selftests.uapi import CopyMode, Feature, PageCategory, PagefaultFlag, PmScanFlag
 
 ASYNC = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_ASYNC
 SCAN = ("pagemap_scan",)
@@ -189,7 +189,8 @@ def test_async_with_missing(ctx: Context) -> None:
     area, page = ctx.dst, ctx.dst.page(0)
     ctx.src.fill()
     ctx.uffd.register(area.range, MISSING | WP)
-    with faulting(ctx.uffd, page.start, write=True):
+    waiting = partial(poke, page.start, peek(ctx.src.start, 8))
+    with faulting(ctx.uffd, page.start, call=waiting, flags=PagefaultFlag.WRITE):
         ctx.uffd.copy(page.start, ctx.src.start, page.len, CopyMode.WP)
     Pagemap.expect_protected(area, (), "when the waiting write has gone through")
     ctx.uffd.copy(area.page(1).start, ctx.src.page(1).start, 2 * page.len, CopyMode.WP)

@@ -20,8 +20,9 @@ from uffd_selftests.common import (
     small_area,
 )
 from uffd_selftests.mem_types import ANON, SHMEM, Area, pmd_size
-from uffd_selftests.memory import PAGE_SIZE, Advice, advise, pmd_mapped, touch
+from uffd_selftests.memory import PAGE_SIZE, Advice, advise, peek, pmd_mapped, poke, touch
 from uffd_selftests.processes import faulting, undisturbed
+from uffd_selftests.uapi import PagefaultFlag
 
 
 def empty_area(ctx: Context) -> Area:
@@ -41,12 +42,16 @@ def present(area: Area) -> list[int]:
 def test_thp_missing(ctx: Context) -> None:
     """Where a huge page could be had each base page is reported, and filled, by itself."""
     ctx.src.fill()
-    for write in (False, True):
+    data = peek(ctx.src.start + 9)
+    for what, access, flags in (
+        ("read", peek, PagefaultFlag(0)),
+        ("write", partial(poke, data=data), PagefaultFlag.WRITE),
+    ):
         area = empty_area(ctx)
-        with promise("TH-01", "write" if write else "read"):
+        with promise("TH-01", what):
             for page in (7, 8, 0, area.nr_pages - 1):
                 start = area.page(page).start
-                with faulting(ctx.uffd, start + 9, write=write):
+                with faulting(ctx.uffd, start + 9, call=partial(access, start + 9), flags=flags):
                     ctx.uffd.copy(start, ctx.src.start, PAGE_SIZE)
             expect(present(area), [0, 7, 8, area.nr_pages - 1], "pages that are mapped")
             expect(pmd_mapped(area.range), 0, "bytes mapped by huge pages")

@@ -510,7 +510,8 @@ def test_writeprotect_missing_registered(ctx: Context) -> None:
     ctx.uffd.register(area.range, MISSING | WP)
     ctx.uffd.writeprotect(page)
     Pagemap.expect_protected(area, {0}, "of a page that is not there")
-    with faulting(ctx.uffd, page.start, write=True):
+    write = partial(poke, page.start, peek(ctx.src.start, 8))
+    with faulting(ctx.uffd, page.start, call=write, flags=PagefaultFlag.WRITE):
         ctx.uffd.copy(page.start, ctx.src.start, page.len, CopyMode.WP)
         ctx.uffd.wait_fault(page.start, TRAPPED)
         ctx.uffd.expect_still_asleep(1)
