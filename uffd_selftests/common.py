@@ -7,6 +7,7 @@ It stands where uffd-common.c stands upstream, without its globals. Nothing here
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import select
 import struct
@@ -503,6 +504,18 @@ class Uffd:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def expect_handle(uffd: Uffd, flags: int) -> None:
+    """Assert what /proc and fcntl(2) say of a handle that was made with these flags (userfaultfd(2)).
+
+    UFFD_USER_MODE_ONLY must show nowhere. Whether it was opened for reading alone does not matter here: it once was
+    for both.
+    """
+    expect(os.readlink(f"/proc/self/fd/{uffd.fd}"), "anon_inode:[userfaultfd]", "link in /proc/self/fd")
+    cloexec = fcntl.FD_CLOEXEC if flags & os.O_CLOEXEC else 0
+    expect(fcntl.fcntl(uffd.fd, fcntl.F_GETFD), cloexec, "F_GETFD")
+    expect(fcntl.fcntl(uffd.fd, fcntl.F_GETFL) & ~os.O_RDWR, flags & os.O_NONBLOCK, "F_GETFL but for O_RDWR")
 
 
 # ---- the fault handler ---------------------------------------------------------------------------------------------

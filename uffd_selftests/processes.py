@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from uffd_selftests import memory, syscalls
-from uffd_selftests.common import DEADLINE, DEFAULT_FLAGS, Fault, Removed, Uffd, eventually, expect
+from uffd_selftests.common import DEADLINE, DEFAULT_FLAGS, Fault, Removed, Skip, Uffd, eventually, expect
+from uffd_selftests.machine import Sysctl
 from uffd_selftests.mem_types import Area
 from uffd_selftests.memory import Range
 from uffd_selftests.native import lib
@@ -464,3 +465,20 @@ def enter_user_namespace() -> None:
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
     Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
+
+
+UNPRIVILEGED_USERFAULTFD = Path("/proc/sys/vm/unprivileged_userfaultfd")
+
+
+@contextmanager
+def unprivileged_userfaultfd(value: int) -> Iterator[None]:
+    """Have vm.unprivileged_userfaultfd at this value, for all that use this function; Skip where that cannot be."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(Sysctl(UNPRIVILEGED_USERFAULTFD, value))
+        except FileNotFoundError:
+            raise Skip("no vm.unprivileged_userfaultfd (Linux 5.2)") from None
+        except OSError:
+            if UNPRIVILEGED_USERFAULTFD.read_text().strip() != str(value):
+                raise Skip(f"vm.unprivileged_userfaultfd is not {value}: set it, or run as root") from None
+        yield
