@@ -23,6 +23,7 @@ from uffd_selftests.common import (
     UffdError,
     bad_ranges,
     expect,
+    huge_area,
     page_out,
     promise,
     refuses,
@@ -37,6 +38,7 @@ from uffd_selftests.memory import (
     advise,
     errno_name,
     peek,
+    pmd_mapped,
     poke,
     protect,
     read_only,
@@ -164,6 +166,32 @@ def test_continue_eexist(ctx: Context) -> None:
                 ctx.uffd.continue_(ctx.dst.page(page))
     expect(peek(ctx.dst.page(1).start, 3), b"own", "what was written")
     ctx.dst.expect_pattern_of(ctx.dst, 0, 1)
+
+
+@uffd_case(
+    "continue-eexist-huge", mem=(SHMEM,), features=MINORS, needs=("thp",), pages=1, rows=("CT-04",), kind=Kind.DETAIL
+)
+def test_continue_eexist_huge(ctx: Context) -> None:
+    """UFFDIO_CONTINUE refuses a part of a transparent huge page that is mapped as a whole, and does not split it."""
+    area = huge_area(ctx)
+    ctx.uffd.register(area.range, MINOR)
+    with promise("CT-04", "a part of a huge page"), refuses(EEXIST):
+        ctx.uffd.continue_(area.page(5))
+    expect(pmd_mapped(area.range), area.range.len, "bytes mapped by PMD")
+
+
+@uffd_case(
+    "continue-huge-part", mem=(SHMEM,), features=MINORS, needs=("thp",), pages=1, rows=("CT-18",), kind=Kind.DETAIL
+)
+def test_continue_huge_part(ctx: Context) -> None:
+    """Of a transparent huge page in the page cache too, UFFDIO_CONTINUE maps just the pages that it is asked for."""
+    area = huge_area(ctx)
+    advise(area.range, Advice.DONTNEED)  # of the mapping; the page cache keeps it
+    ctx.uffd.register(area.range, MINOR)
+    with promise("CT-18", "huge page"), faulting(ctx.uffd, area.page(6).start, flags=CACHED):
+        ctx.uffd.continue_(area.page(5, 2))
+    Pagemap.expect_present(area, 5, 6)
+    area.expect_pattern_of(area, 5, 2)
 
 
 @uffd_case("continue-hole", mem=FILE, features=MINORS, pages=2, rows=("CT-05", "CT-16"))

@@ -33,6 +33,9 @@ from uffd_selftests.common import (
 from uffd_selftests.iouring import fixed_buffer
 from uffd_selftests.mem_types import ANON, HUGETLB, HUGETLB_PRIVATE, SHMEM, SHMEM_PRIVATE, Area, pmd_size
 from uffd_selftests.memory import (
+    MAP_ANONYMOUS,
+    MAP_NORESERVE,
+    MAP_PRIVATE,
     PAGE_SIZE,
     PROT_EXEC,
     PROT_READ,
@@ -44,6 +47,7 @@ from uffd_selftests.memory import (
     advise,
     errno_name,
     expect_bytes,
+    mapped,
     peek,
     pmd_mapped,
     poke,
@@ -287,6 +291,21 @@ def test_move_nothing(ctx: Context) -> None:
     Pagemap.expect_present(src)
     for page in pages:
         dst.expect_pattern_of(src, page, 1)
+
+
+@uffd_case("move-nowhere", mem=(ANON,), features=MOVE, pages=1, rows=("MV-28",), kind=Kind.DETAIL)
+def test_move_nowhere(ctx: Context) -> None:
+    """A hole in a corner of the address space that has no page tables at all is a hole like any other."""
+    corner = 1 << 30  # what one page table of the upper levels spans, of x86 with four levels
+    flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
+    ctx.uffd.register(ctx.dst.range, MISSING)
+    with mapped(2 * corner, flags=flags) as place:
+        hole = Range(-(-place.start // corner) * corner, PAGE_SIZE)
+        with promise("MV-28", "no page tables"), refuses(ENOENT):
+            ctx.uffd.move(ctx.dst.start, hole.start, PAGE_SIZE)
+        with promise("MV-28", "no page tables, ALLOW_SRC_HOLES"):
+            ctx.uffd.move(ctx.dst.start, hole.start, PAGE_SIZE, HOLES)
+        Pagemap.expect_present(ctx.dst)
 
 
 @uffd_case("move-partial", mem=(ANON,), features=MOVE, pages=4, rows=("MV-05",))
@@ -712,33 +731,51 @@ def test_move_huge(ctx: Context) -> None:
 @uffd_case("move-huge-split", mem=(ANON,), features=MOVE, needs=("thp",), pages=1, rows=("MV-19",))
 def test_move_huge_split(ctx: Context) -> None:
     """A transparent huge page is split when a part of it moves, or it moves to where it does not fit as a whole."""
-    for what, first, to, count in (
-        ("a page from the middle", 5, 5, 1),
-        ("all but the last page", 0, 0, pmd_size() // PAGE_SIZE - 1),
-        ("unaligned", 0, 1, pmd_size() // PAGE_SIZE),
+    n, huge = pmd_size() // PAGE_SIZE, pmd_size()
+    for what, first, to, count, huge_left, huge_there in (
+        ("a page from the middle", 5, 5, 1, huge, 0),
+        ("all but the last page", 0, 0, n - 1, huge, 0),
+        ("from the middle of one to that of the next", 5, 0, n, 0, 0),
+        ("to where it is not aligned", 0, 1, n, huge, 0),
+        ("one and a part of the next", 0, 0, n + 5, 0, huge),
     ):
-        src, dst = huge_page(ctx)
+        src, dst = ctx.allocate(2 * n), ctx.allocate(3 * n)
+        for area in (src, dst):
+            advise(area.range, Advice.HUGEPAGE)
+        src.fill()
+        if pmd_mapped(src.range) < src.range.len:
+            raise Skip("no transparent huge pages to be had: memory is fragmented")
+        ctx.uffd.register(dst.range, MISSING)
         with promise("MV-19", what):
             ctx.uffd.move(dst.page(to).start, src.page(first).start, count * PAGE_SIZE)
-            expect((pmd_mapped(src.range), pmd_mapped(dst.range)), (0, 0), "bytes mapped by PMD")
+            expect((pmd_mapped(src.range), pmd_mapped(dst.range)), (huge_left, huge_there), "bytes mapped by PMD")
             Pagemap.expect_present(dst, *range(to, to + count))
-            Pagemap.expect_present(src, *(set(range(src.nr_pages)) - set(range(first, first + count))))
+            Pagemap.expect_present(src, *range(first), *range(first + count, 2 * n))
             src.pattern.verify(dst.start + (to - first) * PAGE_SIZE, first, count)
             src.pattern.verify(src.start, 0, first)
-            src.pattern.verify(src.start, first + count, src.nr_pages - first - count)
+            src.pattern.verify(src.start, first + count, 2 * n - first - count)
 
 
-@uffd_case("move-huge-onto-table", mem=(ANON,), features=MOVE, needs=("thp",), pages=1, rows=("MV-19",))
+@uffd_case("move-huge-onto-table", mem=(ANON,), features=MOVE, needs=("thp",), pages=1, rows=("MV-05", "MV-19"))
 def test_move_huge_onto_table(ctx: Context) -> None:
     """A transparent huge page is split when it moves to where pages were mapped before; one in its way stops it."""
     src, dst = huge_page(ctx)
-    ctx.uffd.zeropage(dst.page(7))
-    with promise("MV-19", "page in the way"), refuses(EAGAIN, output=7 * PAGE_SIZE):
-        ctx.uffd.move(dst.start, src.start, src.range.len)
-    advise(dst.page(7), Advice.DONTNEED)
+    n = src.nr_pages
+    for page in (7, n + 7):
+        ctx.uffd.zeropage(dst.page(page))
+    with promise("MV-05", "page in the way of a huge page"), refuses(EAGAIN, output=7 * PAGE_SIZE):
+        ctx.uffd.move(dst.page(n).start, src.start, src.range.len)
+    Pagemap.expect_present(dst, 7, *range(n, n + 8))
+    ctx.uffd.move(dst.page(0).start, dst.page(n).start, 7 * PAGE_SIZE)
+    dst.expect_pattern_of(src, 0, 7)
+    src.pattern.verify(src.start, 7, n - 7)
+
+    src = huge_area(ctx)
+    for half in (dst.page(0, n // 2), dst.page(n // 2, n // 2)):  # as a whole, its page table could go too
+        advise(half, Advice.DONTNEED)
     with promise("MV-19", "empty page table"):
-        ctx.uffd.move(dst.page(7).start, src.page(7).start, src.range.len - 7 * PAGE_SIZE)
-    dst.expect_pattern_of(src, 0, src.nr_pages)
+        ctx.uffd.move(dst.start, src.start, src.range.len)
+    dst.expect_pattern_of(src, 0, n)
     Pagemap.expect_present(src)
 
 
@@ -797,9 +834,11 @@ def test_move_huge_pinned_part(ctx: Context) -> None:
         pin.enter_context(fixed_buffer(src.range))
         with Waiter(refused) as waiter:
             eventually(lambda: waiter.done or waiter.cpu_time > 0.5, "UFFDIO_MOVE to return or to spin")
-            returned = waiter.done
-            pin.close()  # lets it end
-        expect(returned, True, "UFFDIO_MOVE has returned")
+            spins = not waiter.done
+            pin.close()
+            if spins:
+                eventually(lambda: waiter.done, "UFFDIO_MOVE to return once the page is unpinned")
+                raise AssertionError("expected EBUSY; UFFDIO_MOVE did not return before the page was unpinned")
     src.expect_pattern_of(src)
 
 
@@ -866,13 +905,13 @@ def test_move_huge_protected(ctx: Context) -> None:
     mem=(ANON,),
     features=MOVE,
     needs=("swap",),
-    pages=2,
+    pages=3,
     post_alloc=prevent_hugepages,
     rows=("MV-23",),
     kind=Kind.DETAIL,
 )
 def test_move_swapped(ctx: Context) -> None:
-    """A page in swap can be moved, also when it has been read back but not mapped yet; its bytes arrive."""
+    """A page in swap can be moved, and one that was read back without being mapped or written; its bytes arrive."""
     prepare(ctx)
     swap_out(ctx.src.range)
     with promise("MV-23", "in swap"):
@@ -880,6 +919,9 @@ def test_move_swapped(ctx: Context) -> None:
     advise(ctx.src.page(1), Advice.WILLNEED)
     with promise("MV-23", "in the swap cache"):
         move(ctx, 1)
+    ctx.src.expect_pattern_of(ctx.src, 2, 1)
+    with promise("MV-23", "mapped, not written since"):
+        move(ctx, 2)
     Pagemap.expect_present(ctx.src)
     undisturbed(ctx.uffd, lambda: ctx.dst.expect_pattern_of(ctx.src, write_back=True))
     ctx.src.expect_zero()

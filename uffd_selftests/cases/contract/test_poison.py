@@ -23,10 +23,11 @@ from uffd_selftests.common import (
     bad_ranges,
     expect,
     fails,
+    huge_area,
     promise,
     refuses,
 )
-from uffd_selftests.mem_types import ALL, ANON, HUGETLB, HUGETLB_PRIVATE, SHMEM, SHMEM_PRIVATE, pmd_size
+from uffd_selftests.mem_types import ALL, ANON, HUGETLB, HUGETLB_PRIVATE, SHMEM, SHMEM_PRIVATE
 from uffd_selftests.memory import (
     EHWPOISON,
     PAGE_SIZE,
@@ -402,7 +403,7 @@ def test_poison_eexist_guard(ctx: Context) -> None:
 
 @uffd_case(
     "poison-eexist-huge",
-    mem=(ANON,),
+    mem=(ANON, SHMEM),
     features=Feature.POISON,
     needs=("thp",),
     pages=1,
@@ -411,11 +412,7 @@ def test_poison_eexist_guard(ctx: Context) -> None:
 )
 def test_poison_eexist_huge(ctx: Context) -> None:
     """UFFDIO_POISON refuses a part of a transparent huge page, and does not split it."""
-    area = ctx.allocate(pmd_size() // PAGE_SIZE)
-    advise(area.range, Advice.HUGEPAGE)
-    area.fill()
-    if not pmd_mapped(area.range):
-        raise Skip("no transparent huge page to be had: memory is fragmented")
+    area = huge_area(ctx)
     ctx.uffd.register(area.range, MISSING)
     for page in (0, 5):
         with promise("PO-04", f"page {page} of a huge page"), refuses(EEXIST):
