@@ -17,6 +17,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -150,12 +151,18 @@ def faulting(
 ) -> Iterator[Waiter]:
     """Have a thread fault at ``address``; the block runs while it sleeps, and leaving it waits for its end.
 
-    By default the thread reads a byte there, which is its result, or with ``write`` makes a write access that changes
-    nothing; ``call`` replaces that. The message is read, must carry ``flags`` and the address ``at`` (by default the
-    start of the base page) and lands in ``waiter.fault``; with ``read`` false it is left in the queue.
+    By default the thread reads a byte there, which is its result, or with ``write`` stores a zero there, or where
+    ``flags`` tell of a protected page makes a write access that changes nothing; ``call`` replaces that. The message is
+    read, must carry ``flags`` and the address ``at`` (by default the start of the base page) and lands in
+    ``waiter.fault``; with ``read`` false it is left in the queue.
     """
     if call is None:
-        call = (lambda: memory.touch(Range(address, 1), 1, write=True)) if write else (lambda: memory.peek(address))
+        call = partial(memory.peek, address)
+        if write and flags is not None and PagefaultFlag.WP in flags:
+            call = partial(memory.touch, Range(address, 1), 1, write=True)
+        elif write:
+            # Not the access that changes nothing: an emulator may load first, and a load of a missing page faults.
+            call = partial(memory.poke, address, b"\0")
     if flags is None:
         flags = PagefaultFlag.WRITE if write else PagefaultFlag(0)
     with Waiter(call) as waiter:
@@ -465,6 +472,31 @@ def enter_user_namespace() -> None:
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
     Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
+
+
+def run_as(prepare: Callable[[], None], life: Callable[[], object]) -> None:
+    """Run ``life`` in a child process that has prepared itself, by giving up privileges usually, and wait for its end.
+
+    Skip where the preparation is not permitted.
+    """
+
+    def target(channel: Channel) -> None:
+        try:
+            prepare()
+        except OSError as error:
+            channel.send(str(error))
+            return
+        channel.send()
+        life()
+
+    with Child(target) as child:
+        if reason := child.receive():
+            raise Skip(f"{reason}: run as root, outside of a container")
+
+
+def without_cap_sys_ptrace() -> None:
+    """Give up CAP_SYS_PTRACE and keep the rest; for run_as()."""
+    drop_capability("cap_sys_ptrace")
 
 
 UNPRIVILEGED_USERFAULTFD = Path("/proc/sys/vm/unprivileged_userfaultfd")

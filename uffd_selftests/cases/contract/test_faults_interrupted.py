@@ -21,6 +21,7 @@ from uffd_selftests.memory import (
     PROT_NONE,
     PROT_READ,
     PROT_WRITE,
+    AccessError,
     Advice,
     Range,
     Trap,
@@ -31,7 +32,6 @@ from uffd_selftests.memory import (
     poke,
     protect,
     remap,
-    touch_trapped,
     unmap,
 )
 from uffd_selftests.processes import Channel, Child, Waiter, faulting, handled
@@ -257,9 +257,18 @@ def own_memory(address: int) -> bytes:
 # ---- memory that changes -------------------------------------------------------------------------------------------
 
 
+def trapped(access: Callable[[], object]) -> Trap | None:
+    """Make an access; returns the signal that ended it, if any."""
+    try:
+        access()
+    except AccessError as error:
+        return error.trap
+    return None
+
+
 def expect_segv(waiter: Waiter, address: int, code: int, what: str) -> None:
-    """Assert that the thread's access (touch_trapped) ended in SIGSEGV."""
-    expect(waiter.result(), [Trap(signal.SIGSEGV, code, address, 0)], f"signals of the access after {what}")
+    """Assert that the thread's access ended in SIGSEGV."""
+    expect(waiter.result(), Trap(signal.SIGSEGV, code, address, 0), f"signal that ends the access after {what}")
 
 
 @uffd_case("faults-unmapped", mem=ALL, pages=2, rows=("FL-18",), kind=Kind.DETAIL)
@@ -267,7 +276,7 @@ def test_faults_unmapped(ctx: Context) -> None:
     """A thread asleep in a fault sleeps on when the page is unmapped; woken, it gets SIGSEGV."""
     page = ctx.dst.page(1)
     ctx.uffd.register(ctx.dst.range, MISSING)
-    with faulting(ctx.uffd, page.start, call=partial(touch_trapped, Range(page.start, 1), 1)) as waiter:
+    with faulting(ctx.uffd, page.start, call=partial(trapped, partial(peek, page.start))) as waiter:
         unmap(page)
         ctx.uffd.expect_still_asleep(1)
         ctx.uffd.wake(page)
@@ -279,7 +288,7 @@ def test_faults_moved(ctx: Context) -> None:
     """A thread asleep in a fault sleeps on when mremap(2) moves the page; woken at its old place, it gets SIGSEGV."""
     page = ctx.dst.page(1)
     ctx.uffd.register(ctx.dst.range, MISSING)
-    with faulting(ctx.uffd, page.start, call=partial(touch_trapped, Range(page.start, 1), 1)) as waiter:
+    with faulting(ctx.uffd, page.start, call=partial(trapped, partial(peek, page.start))) as waiter:
         remap(page, to=ctx.src.page(1).start)
         ctx.uffd.expect_still_asleep(1)
         ctx.uffd.wake(page)
@@ -308,9 +317,8 @@ def test_faults_mprotect(ctx: Context) -> None:
     ctx.uffd.register(ctx.dst.range, MISSING)
     for number, (write, prot) in enumerate(((False, PROT_NONE), (True, PROT_READ))):
         page = ctx.dst.page(number)
-        flags = WRITE if write else PagefaultFlag(0)
-        call = partial(touch_trapped, Range(page.start, 1), 1, write=write)
-        with faulting(ctx.uffd, page.start, flags=flags, call=call) as waiter:
+        call = partial(poke, page.start, b"\0") if write else partial(peek, page.start)
+        with faulting(ctx.uffd, page.start, write=write, call=partial(trapped, call)) as waiter:
             protect(page, prot)
             ctx.uffd.expect_still_asleep(1)
             ctx.uffd.copy(page.start, ctx.src.page(number).start, page.len)
