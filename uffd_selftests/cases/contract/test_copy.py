@@ -577,6 +577,20 @@ def test_copy_target_gone(ctx: Context) -> None:
             uffd.copy(ctx.dst.start, ctx.src.start, ctx.page_size)
 
 
+@uffd_case("copy-keeps-nobody-alive", mem=ALL, pages=2, rows=("CP-16",))
+def test_copy_keeps_nobody_alive(ctx: Context) -> None:
+    """Copies, done and refused, leave no hold on the memory of a process: it goes when the process exits."""
+    arguments = (ctx.dst.start, ctx.src.start, ctx.page_size)
+    with monitored(ctx.dst.range, MISSING, Channel.receive) as (child, uffd):
+        uffd.copy(*arguments)
+        with refuses(EEXIST):
+            uffd.copy(*arguments)
+        child.send()
+        child.wait()
+        with refuses(ESRCH, output=UNTOUCHED):
+            uffd.copy(*arguments)
+
+
 # ---- a handle that does not own the range --------------------------------------------------------------------------
 
 FOREIGN = Defect(

@@ -155,6 +155,25 @@ def test_copy_page_kind(ctx: Context) -> None:
     expect(hex(bits), hex(PM_PRESENT | PM_MMAP_EXCLUSIVE | (PM_FILE if ctx.mem.shared else 0)), "pagemap bits")
 
 
+def resident(field: str) -> int:
+    """Return a field of /proc/self/status in pages."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return next(int(words[1]) * 1024 // PAGE_SIZE for words in lines if words and words[0] == f"{field}:")
+
+
+@uffd_case("copy-counted", mem=SMALL, pages=2048, rows=("CP-01",), kind=Kind.DETAIL)
+def test_copy_counted(ctx: Context) -> None:
+    """Copied pages count as memory of the process, of the file's kind in shared memory and anonymous elsewhere."""
+    field = "RssShmem" if ctx.mem.shared else "RssAnon"
+    blur = 2 * max(32, 2 * (os.cpu_count() or 1))  # pages that the kernel may count on a CPU before it tells
+    ctx.src.fill()
+    ctx.uffd.register(ctx.dst.range, MISSING)
+    before = resident(field)
+    ctx.uffd.copy(ctx.dst.start, ctx.src.start, ctx.dst.range.len)
+    grown = resident(field) - before
+    expect(grown > ctx.nr_pages - blur, True, f"{field} grown by {grown} pages, {ctx.nr_pages} copied, as")
+
+
 @uffd_case("copy-soft-dirty", mem=SMALL, pages=2, rows=("CP-01",), kind=Kind.DETAIL)
 def test_copy_soft_dirty(ctx: Context) -> None:
     """A copied page counts as written since soft-dirty tracking began."""
@@ -482,6 +501,8 @@ def test_copy_onto_guard_either_way(ctx: Context) -> None:
     except UffdError as error:
         expect((error.errno, error.output), (EEXIST, -EEXIST), "errno and output field")
         expect_guarded(page)
+        if ctx.mem.shared:
+            expect(stored_bytes(file_of(ctx)), 0, "bytes stored in the file")
     else:
         ctx.dst.expect_pattern_of(ctx.src, 0, 1)
 

@@ -24,6 +24,7 @@ from uffd_selftests.common import (
     Context,
     Pagemap,
     Removed,
+    Skip,
     Uffd,
     UffdError,
     eventually,
@@ -31,6 +32,7 @@ from uffd_selftests.common import (
     promise,
     refuses,
 )
+from uffd_selftests.machine import hugepage_sizes
 from uffd_selftests.mem_types import (
     ALL,
     ANON,
@@ -48,6 +50,7 @@ from uffd_selftests.memory import (
     MAP_PRIVATE,
     MAP_SHARED,
     PAGE_SIZE,
+    PROT_NONE,
     PROT_READ,
     Advice,
     Range,
@@ -317,6 +320,39 @@ def test_copy_overtaken_by_another_mapping(ctx: Context) -> None:
         expect(stored_bytes(fd), 0, "bytes stored in the new file")
     if ctx.dst.fd is not None:
         expect(stored_bytes(ctx.dst.fd), 0, "bytes stored in the old file")
+
+
+def map_huge(where: Range, size: int) -> None:
+    """Map huge pages of any size at a place, none of them reserved."""
+    log = size.bit_length() - 1
+    fd = os.memfd_create("huge", os.MFD_CLOEXEC | os.MFD_HUGETLB | log << os.MFD_HUGE_SHIFT)
+    os.ftruncate(fd, where.len)
+    map_memory(where.len, at=where.start, flags=MAP_SHARED | MAP_FIXED | MAP_NORESERVE, fd=fd)
+    os.close(fd)
+
+
+@uffd_case(
+    "copy-overtaken-by-larger-pages",
+    mem=(HUGETLB,),
+    needs=("kernel_faults",),
+    pages=1,
+    spare_hugepages=1,
+    rows=("CP-34", "CP-26"),
+    kind=Kind.DETAIL,
+)
+def test_copy_overtaken_by_larger_pages(ctx: Context) -> None:
+    """A copy whose huge pages are replaced by larger ones fills nothing: EINVAL."""
+    larger = max(hugepage_sizes())
+    if larger == HUGEPAGE:
+        raise Skip(f"no huge pages larger than {HUGEPAGE // 1024} kB: run on a processor that has them")
+    with mapped(2 * larger, prot=PROT_NONE, flags=MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE) as room:
+        dst = Range(-(-room.start // larger) * larger, larger)
+        map_huge(Range(dst.start, HUGEPAGE), HUGEPAGE)
+        ctx.uffd.register(Range(dst.start, HUGEPAGE), MISSING)
+        with copy_held(ctx.uffd, dst.start, ctx.src.page(0), outcome=refuses(EINVAL)):
+            map_huge(dst, larger)
+            ctx.uffd.register(dst, MISSING)
+        expect(Pagemap.entry(dst.start) & PM_PRESENT, 0, "PM_PRESENT of the larger page")
 
 
 @uffd_case(

@@ -547,3 +547,16 @@ def test_zeropage_target_gone(ctx: Context) -> None:
         gone = orphaned(ctx.dst.range, MISSING, by_exec=by_exec)
         with gone as uffd, promise("ZP-14", "exec" if by_exec else "exit"), refuses(ESRCH, output=UNTOUCHED):
             uffd.zeropage(ctx.dst.range)
+
+
+@uffd_case("zeropage-keeps-nobody-alive", mem=SMALL, pages=1, rows=("ZP-14",))
+def test_zeropage_keeps_nobody_alive(ctx: Context) -> None:
+    """Zeroes, mapped and refused, leave no hold on the memory of a process: it goes when the process exits."""
+    with monitored(ctx.dst.range, MISSING, Channel.receive) as (child, uffd):
+        uffd.zeropage(ctx.dst.range)
+        with refuses(EEXIST):
+            uffd.zeropage(ctx.dst.range)
+        child.send()
+        child.wait()
+        with refuses(ESRCH, output=UNTOUCHED):
+            uffd.zeropage(ctx.dst.range)
