@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import select
 import struct
@@ -504,6 +505,11 @@ class Uffd:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def combinations(*flags: int) -> list[int]:
+    """Return every combination of flags, none and all among them."""
+    return [sum(some) for count in range(len(flags) + 1) for some in itertools.combinations(flags, count)]
 
 
 def expect_handle(uffd: Uffd, flags: int) -> None:
