@@ -308,6 +308,11 @@ class Uffd:
             raise UffdError(-ret, f"{name}({address:#x})")
         return ret
 
+    def knows(self, request: int) -> bool:
+        """Whether the kernel has this request: it looks at its argument then, which is NULL. Needs the handshake."""
+        result: int = lib.uffd_ioctl(self.fd, request, 0)
+        return result != -errno.EINVAL
+
     def ioctl(self, request: int, arg: Any, call: str, field: str | None = None) -> None:
         """Issue one ioctl; ``call`` is how messages name it, ``field`` its output field.
 

@@ -91,11 +91,6 @@ def shown(uffd: Uffd) -> Feature:
     return Feature(uffd.fdinfo.features & ~INITIALIZED)
 
 
-def knows(uffd: Uffd, request: int) -> bool:
-    """Whether there is such a request: its argument is read, then."""
-    return outcome(partial(uffd.raw_ioctl, request, 0)) != -EINVAL
-
-
 def require(uffd: Uffd, wanted: Feature) -> None:
     """Skip where the kernel does not offer a feature that the case does not enable, for that is what it is about."""
     if missing := wanted.without(uffd.offered):
@@ -128,7 +123,7 @@ def test_api_answer() -> None:
             expect(answer.api, 0xAA, "API-01: api")
             expect(Feature(answer.features) & SINCE_4_14, SINCE_4_14, "API-01: features since Linux 4.14")
             ioctls = ApiIoctls(answer.ioctls)
-            if knows(uffd, uapi.UFFDIO_SET_MODE):  # Linux 7.3
+            if uffd.knows(uapi.UFFDIO_SET_MODE):  # Linux 7.3
                 ioctls = ioctls.without(ApiIoctls.SET_MODE)
             expect(ioctls, ApiIoctls.API | ApiIoctls.REGISTER | ApiIoctls.UNREGISTER, "API-01: ioctls")
 
