@@ -222,15 +222,16 @@ def refuses(number: int, *, output: int | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def fails(number: int) -> Iterator[None]:
-    """Assert that the one system call in the block fails with this errno; for ioctls of a userfaultfd: refuses()."""
+def fails(*numbers: int) -> Iterator[None]:
+    """Assert that the one system call in the block fails with one of these; for ioctls of a userfaultfd: refuses()."""
+    wanted = " or ".join(map(errno_name, numbers))
     try:
         yield
     except OSError as error:
-        if error.errno != number:
-            raise AssertionError(f"expected {errno_name(number)}; got {error}") from None
+        if error.errno not in numbers:
+            raise AssertionError(f"expected {wanted}; got {error}") from None
     else:
-        raise AssertionError(f"expected {errno_name(number)}; the call succeeded")
+        raise AssertionError(f"expected {wanted}; the call succeeded")
 
 
 def bad_ranges(good: Range) -> dict[str, Range]:
