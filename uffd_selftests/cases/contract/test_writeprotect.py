@@ -65,6 +65,8 @@ SHARED = (SHMEM, HUGETLB)
 PRIVATE = (ANON, SHMEM_PRIVATE, HUGETLB_PRIVATE)
 
 WRITEPROTECT = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
+SEVERAL_MAPPINGS = WRITEPROTECT | Feature.WP_UNPOPULATED
+"""Since the release that brought this feature the range of one call may span several mappings (mwriteprotect_range)."""
 TRAPPED = PagefaultFlag.WRITE | PagefaultFlag.WP
 PROTECT, UNPROTECT = WriteprotectMode.WP, WriteprotectMode(0)
 NEW = b"\xa5\x5a new"
@@ -176,7 +178,7 @@ def test_writeprotect_no_range(ctx: Context) -> None:
         Pagemap.expect_protected(ctx.dst, (), what)
 
 
-@uffd_case("writeprotect-partial", mem=ALL, features=WRITEPROTECT, pages=3, rows=("WP-03",), kind=Kind.DETAIL)
+@uffd_case("writeprotect-partial", mem=ALL, features=SEVERAL_MAPPINGS, pages=3, rows=("WP-03",), kind=Kind.DETAIL)
 def test_writeprotect_partial(ctx: Context) -> None:
     """Where a later part of the range is not registered the earlier part is done all the same, and nobody is woken."""
     area = ctx.dst
@@ -199,7 +201,7 @@ def test_writeprotect_partial(ctx: Context) -> None:
         ctx.uffd.wake(area.page(0))
 
 
-@uffd_case("writeprotect-holes", mem=ALL, features=WRITEPROTECT, pages=5, rows=("WP-04",), kind=Kind.DETAIL)
+@uffd_case("writeprotect-holes", mem=ALL, features=SEVERAL_MAPPINGS, pages=5, rows=("WP-04",), kind=Kind.DETAIL)
 def test_writeprotect_holes(ctx: Context) -> None:
     """UFFDIO_WRITEPROTECT skips what is not mapped at the start, in the middle and at the end of its range."""
     area = filled(ctx)
@@ -211,7 +213,7 @@ def test_writeprotect_holes(ctx: Context) -> None:
     Pagemap.expect_protected(area, (), "after un-protecting a range with holes")
 
 
-@uffd_case("writeprotect-mappings", mem=ALL, features=WRITEPROTECT, pages=5, rows=("WP-05",))
+@uffd_case("writeprotect-mappings", mem=ALL, features=SEVERAL_MAPPINGS, pages=5, rows=("WP-05",))
 def test_writeprotect_mappings(ctx: Context) -> None:
     """UFFDIO_WRITEPROTECT works across several mappings, up to the end of its range and no further."""
     area = ctx.dst
