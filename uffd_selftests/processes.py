@@ -332,8 +332,8 @@ class Child:
 
     @property
     def ended(self) -> bool:
-        """Whether the child has come to its end, and wait() or kill() has not been called."""
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        """Whether the child has come to its end."""
+        return self.pid <= 0 or os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def kill(self) -> None:
         """Kill the child and wait for its end, whatever that was."""
@@ -367,6 +367,13 @@ class Child:
         if status:
             raise ChildError(f"in the child process: {text.decode(errors='replace')}")
 
+    def expect_end(self, *uffds: Uffd) -> None:
+        """Wait for the end of the child, which must come without a message of these handles."""
+        eventually(lambda: self.ended or any(uffd.readable() for uffd in uffds), "the child process to end")
+        for uffd in uffds:
+            uffd.expect_no_message()
+        self.wait()
+
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.wait()
@@ -384,7 +391,7 @@ def monitored(
 ) -> Iterator[tuple[Child, Uffd]]:
     """Run ``life`` in a child process that has registered the range; the block has its handle, and nobody else.
 
-    At the end of the block the child must come to its end, then the handle is closed.
+    At the end of the block the child must come to its end by itself, without a message; then the handle is closed.
     """
 
     def target(channel: Channel) -> None:
@@ -397,7 +404,7 @@ def monitored(
         _, (fd,) = child.receive_fds()
         with Uffd(fd, features) as uffd:
             yield child, uffd
-            child.wait()
+            child.expect_end(uffd)
 
 
 @contextmanager

@@ -8,8 +8,9 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from errno import EAGAIN, ESRCH
+from errno import EAGAIN, EFAULT, ESRCH
 
+from uffd_selftests import uapi
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
     DEADLINE,
@@ -220,6 +221,22 @@ def test_event_holds_up_fork(ctx: Context) -> None:
             with promise("CP-16", "the forked process has ended"), refuses(ESRCH, output=UNTOUCHED):
                 forked.copy(ctx.dst.start, ctx.src.start, ctx.page_size)
         child.send()
+
+
+@uffd_case("event-holds-up-null", mem=(ANON,), features=REMOVE, pages=1, rows=("EV-04",), kind=Kind.DETAIL)
+def test_event_holds_up_null(ctx: Context) -> None:
+    """While an event is unread, a fill whose output field cannot be written says EFAULT."""
+    names = ["COPY", "ZEROPAGE", "CONTINUE"]
+    names += [name for name in ("POISON", "MOVE") if Feature[name] in ctx.uffd.offered]
+    ctx.uffd.register(ctx.dst.range, MISSING)
+    with Waiter(lambda: advise(ctx.dst.range, Advice.DONTNEED)) as waiter:
+        await_event(ctx.uffd, waiter)
+        for name in names:
+            with promise("EV-04", f"UFFDIO_{name}, argument NULL"), refuses(EFAULT):
+                ctx.uffd.raw_ioctl(getattr(uapi, f"UFFDIO_{name}"))
+        with promise("EV-04", "UFFDIO_WRITEPROTECT, argument NULL"), refuses(EAGAIN):
+            ctx.uffd.raw_ioctl(uapi.UFFDIO_WRITEPROTECT)
+        take_event(ctx.uffd, waiter, removed(ctx.dst.range))
 
 
 @uffd_case("event-holds-up-each", mem=(ANON,), features=REMOVE, pages=3, rows=("EV-04", "CP-14"))

@@ -86,9 +86,7 @@ def forked(ctx: Context, child: Life, features: Feature = FORK) -> Iterator[tupl
     """Have a process that registered the destination fork; the block has it, its handle and that of its child."""
     with monitored(ctx.dst.range, MISSING, forks(child), features) as (parent, uffd), read_fork(uffd) as child_uffd:
         yield parent, uffd, child_uffd
-        parent.wait()
-        uffd.expect_no_message()
-        child_uffd.expect_no_message()
+        parent.expect_end(uffd, child_uffd)
 
 
 # ---- the message and what it brings --------------------------------------------------------------------------------
@@ -110,8 +108,7 @@ def test_fork_event(ctx: Context) -> None:
         expect(open_userfaultfds(), before, "userfaultfds before the message is read")
         with read_fork(uffd) as child_uffd:
             expect(open_userfaultfds() - before, {child_uffd.fd}, "userfaultfds that reading it added")
-            child.wait()
-        uffd.expect_no_message()
+            child.expect_end(uffd, child_uffd)
 
 
 @uffd_case("fork-handle", mem=(ANON,), features=FORK | REMAP | REMOVE, pages=1, rows=("EV-31",), kind=Kind.DETAIL)
@@ -171,7 +168,7 @@ def test_fork_kernel_faults(ctx: Context) -> None:
     with monitored(ctx.dst.range, MISSING, life, FORK, flags) as (child, uffd), read_fork(uffd) as child_uffd:
         child_uffd.wait_fault(ctx.dst.start, uapi.PagefaultFlag.WRITE)
         child_uffd.copy(ctx.dst.start, ctx.src.start, ctx.page_size)
-        child.wait()
+        child.expect_end(uffd, child_uffd)
 
 
 def read_from_pipe(address: int) -> None:
@@ -203,9 +200,7 @@ def test_fork_child_faults(ctx: Context) -> None:
         if not ctx.mem.shared:
             uffd.wait_fault(page.start)
             uffd.copy(page.start, other, page.len)
-        parent.wait()
-        uffd.expect_no_message()
-        child_uffd.expect_no_message()
+        parent.expect_end(uffd, child_uffd)
 
 
 @uffd_case("fork-child-unregister", mem=ALL, features=FORK, pages=2, rows=("EV-32",))
@@ -287,9 +282,8 @@ def test_fork_off_contents(ctx: Context) -> None:
         ctx.dst.expect_pattern_of(ctx.dst, 0, 1)
         ctx.dst.expect_zero(1)
 
-    with monitored(ctx.dst.range, MISSING, forks(look)) as (child, uffd):
-        child.wait()
-        uffd.expect_no_message()
+    with monitored(ctx.dst.range, MISSING, forks(look)):
+        pass
 
 
 @uffd_case("fork-features", mem=ALL, features=FORK | Feature.THREAD_ID, pages=1, rows=("EV-31",), kind=Kind.DETAIL)
@@ -407,9 +401,7 @@ def test_fork_two_handles(ctx: Context) -> None:
                 two.copy(ctx.dst.page(1).start, ctx.src.start, ctx.page_size)
             read_fork(one).close()
             read_fork(two).close()
-            child.wait()
-            one.expect_no_message()
-            two.expect_no_message()
+            child.expect_end(one, two)
 
 
 # ---- messages that cannot be delivered -----------------------------------------------------------------------------
@@ -426,9 +418,8 @@ def test_fork_no_descriptor(ctx: Context) -> None:
                     uffd.read()
         expect(uffd.readable(), True, "POLLIN after EMFILE")
         await_child_event(uffd, child)
-        with read_fork(uffd):
-            child.wait()
-        uffd.expect_no_message()
+        with read_fork(uffd) as child_uffd:
+            child.expect_end(uffd, child_uffd)
 
 
 LOST = Defect(
@@ -453,8 +444,7 @@ def read_badly(ctx: Context) -> tuple[bool, int]:
         kept = uffd.readable()
         if kept:
             read_fork(uffd).close()
-        child.wait()
-        uffd.expect_no_message()
+        child.expect_end(uffd)
     return kept, len(leaked)
 
 

@@ -141,8 +141,7 @@ def test_unmap_event_brk(ctx: Context) -> None:
             await_child_event(uffd, child)
             expect(uffd.read(), [unmapped(Range(start + 2 * page, 2 * page))], "the event")
             expect(child.receive(), 2 * page, "new end of the heap")
-            child.wait()
-            uffd.expect_no_message()
+            child.expect_end(uffd)
 
 
 @uffd_case("unmap-event-two-handles", mem=ALL, features=UNMAP, pages=2, rows=("EV-16",), kind=Kind.DETAIL)

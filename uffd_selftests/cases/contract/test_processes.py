@@ -105,8 +105,7 @@ def test_process_remote(ctx: Context) -> None:
             uffd.unregister(where)
             expect_modes(where, UNREGISTERED, pid=child.pid)
             child.send()
-            child.wait()
-            uffd.expect_no_message()
+            child.expect_end(uffd)
 
 
 def serve_remotely(ctx: Context, uffd: Uffd, page: Range) -> None:
@@ -253,8 +252,7 @@ def test_process_shared(ctx: Context) -> None:
         uffd.wait_fault(page.start)
         ctx.uffd.expect_no_message()
         uffd.copy(page.start, ctx.src.page(1).start, page.len)
-        child.wait()
-        uffd.expect_no_message()
+        child.expect_end(uffd, ctx.uffd)
     undisturbed(ctx.uffd, lambda: ctx.dst.expect_pattern_of(ctx.src))
 
 
