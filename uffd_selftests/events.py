@@ -51,18 +51,18 @@ def moved(where: Range, to: int, length: int | None = None) -> Remapped:
 # ---- reading them --------------------------------------------------------------------------------------------------
 
 
-def await_event(uffd: Uffd, waiter: Waiter) -> None:
+def await_event(uffd: Uffd, waiter: Waiter, what: object = "its event") -> None:
     """Wait until the thread sleeps because its event, which is queued, has not been read."""
     eventually(lambda: waiter.done or uffd.readable(), "an event, or the end of the call")
     if not uffd.readable():
         waiter.result()
-        raise AssertionError("expected the call to wait until its event is read; it has returned and nothing is queued")
+        raise AssertionError(f"expected the call to wait until {what} is read; it has returned, nothing is queued")
     waiter.expect_in_event()
 
 
 def take_event(uffd: Uffd, waiter: Waiter, message: Message) -> None:
     """Wait until the thread sleeps because its event has not been read, and read it."""
-    await_event(uffd, waiter)
+    await_event(uffd, waiter, message)
     expect(uffd.read(), [message], "the event")
 
 
