@@ -6,7 +6,6 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
-import resource
 import termios
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +41,7 @@ from uffd_selftests.processes import (
     drop_capability,
     enter_user_namespace,
     faulting,
+    out_of_descriptors,
     run_as,
     unprivileged_userfaultfd,
     without_cap_sys_ptrace,
@@ -252,20 +252,20 @@ def test_creation_user_namespace() -> None:
 
 @uffd_case("creation-emfile", needs=("syscall",), rows=("CR-11",))
 def test_creation_emfile() -> None:
-    """At RLIMIT_NOFILE userfaultfd(2) says EMFILE; with room for one more it gives that one."""
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with create(DEFAULT_FLAGS) as probe:
-        lowest = probe.fd
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+    """At RLIMIT_NOFILE userfaultfd(2) says EMFILE; when there is room again it gives a handle."""
+    with out_of_descriptors(), promise("CR-11"):
         for flags in (UFFD_USER_MODE_ONLY, DEFAULT_FLAGS):
-            with promise("CR-11"), fails(EMFILE):
+            with fails(EMFILE):
                 create(flags)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 1, limits[1]))
-        with create(DEFAULT_FLAGS) as uffd:
-            expect(uffd.fd, lowest, "CR-11: the descriptor")
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with promise("CR-11", "with room again"), create(DEFAULT_FLAGS) as uffd:
+        uffd.api()
+
+
+@uffd_case("creation-emfile-order", needs=("syscall",), rows=("CR-11",), kind=Kind.DETAIL)
+def test_creation_emfile_order() -> None:
+    """An unknown flag is EINVAL even where there is no descriptor to be had."""
+    with out_of_descriptors(), promise("CR-11"), fails(EINVAL):
+        create(UFFD_USER_MODE_ONLY | 2)
 
 
 # ---- the file ------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import stat
 import termios
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from uffd_selftests.native import lib
 from uffd_selftests.processes import (
     become_nobody,
     faulting,
+    out_of_descriptors,
     run_as,
     unprivileged_userfaultfd,
     without_cap_sys_ptrace,
@@ -230,18 +230,12 @@ def test_device_other_calls() -> None:
 
 @uffd_case("device-emfile", needs=("device",), rows=("CR-11", "DEV-02"))
 def test_device_emfile() -> None:
-    """At RLIMIT_NOFILE USERFAULTFD_IOC_NEW says EMFILE; with room for one more it gives that one."""
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with Device() as device, device.new(UFFD_USER_MODE_ONLY) as probe:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (probe.fd + 1, limits[1]))
-            with promise("CR-11, DEV-02"), fails(EMFILE):
-                device.new(UFFD_USER_MODE_ONLY)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (probe.fd + 2, limits[1]))
-            with device.new(UFFD_USER_MODE_ONLY) as uffd:
-                expect(uffd.fd, probe.fd + 1, "CR-11, DEV-02: the descriptor")
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    """At RLIMIT_NOFILE USERFAULTFD_IOC_NEW says EMFILE; when there is room again it gives a handle."""
+    with Device() as device:
+        with out_of_descriptors(), promise("CR-11, DEV-02"), fails(EMFILE):
+            device.new(UFFD_USER_MODE_ONLY)
+        with promise("CR-11, DEV-02", "with room again"), device.new(UFFD_USER_MODE_ONLY) as uffd:
+            uffd.api()
 
 
 @uffd_case("device-ia32", needs=("device",), rows=("CR-20",), kind=Kind.DETAIL)
