@@ -427,12 +427,18 @@ def test_lost_hugepages(run: Run, monkeypatch: pytest.MonkeyPatch, users: list[i
     monkeypatch.setattr(health, "hugepages", lambda _: HugepageCounts(10, 10 - next(used), 0, 0))
     monkeypatch.setattr(health, "PAGES_BACK_SECONDS", 0.05)
     monkeypatch.setattr(proc, "hugetlb_users", lambda: users)
+    monkeypatch.setattr(kernel, "HugepagePool", FakePool)
+    monkeypatch.setattr(runner, "lack_of_hugepages", lambda *_: None)
     result = run("""
-    @uffd_case("takes")
+    @uffd_case("takes", spare_hugepages=1)
     def test_takes():
         pass
+
+    @uffd_case("bystands")
+    def test_bystands():
+        pass
     """)
-    result.assert_outcomes(passed=1, errors=1 if outcome == "error" else 0)
+    result.assert_outcomes(passed=2, errors=1 if outcome == "error" else 0)
     if outcome == "error":
         result.stdout.fnmatch_lines(["left behind: 2 huge pages not given back"])
 

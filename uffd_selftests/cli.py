@@ -160,7 +160,9 @@ def _pytest_arguments(args: argparse.Namespace, passed: list[str], ktap_fd: int)
         folder = args.output.resolve()
         yield from (f"--report-dir={folder}", f"--junitxml={folder / 'junit.xml'}")
     if not passed:
-        yield from ("-p", "no:cacheprovider", "--progress")
+        yield "--progress"
+        for name in ("cacheprovider", "logging", "threadexception", "unraisableexception"):  # each costs every case
+            yield from ("-p", f"no:{name}")
     if not paths:
         yield str(CASES)
 

@@ -47,7 +47,7 @@ TRACEBACK_SHARE = 0.9
 """The child writes its Python stacks down when this share of the deadline has passed."""
 MAX_TRACEBACK_LINES = 30
 MAX_LINE = 200
-MACHINERY = ("/_pytest/", "/pluggy/", "/uffd_selftests/harness/")
+MACHINERY = ("/_pytest/", "/pluggy/", "/xdist/", "/execnet/", "/uffd_selftests/harness/", "/uffd_selftests/cli.py")
 """Parts of the paths of what calls a case: the same in every stack."""
 MAX_REPORT_BYTES = 64 << 20
 

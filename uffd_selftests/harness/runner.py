@@ -81,7 +81,7 @@ class Runner:
                 lacking = [gating.Missing(gating.HUGEPAGES, reason)]
             if lacking:
                 self._refuse(item, lacking)
-            return self._run(item, isolate=not lacking)
+            return self._run(item, isolate=not lacking, hugepages=needed > 0)
 
     def _refuse(self, item: pytest.Item, lacking: list[gating.Missing]) -> None:
         """Have pytest skip a test, or fail it if what it lacks was required."""
@@ -111,22 +111,22 @@ class Runner:
                 # Not left to closing alone: a child that cannot be killed would still have the file open.
                 fcntl.flock(file, fcntl.LOCK_UN)
 
-    def _run(self, item: pytest.Item, *, isolate: bool) -> bool | None:
-        """Run a test in a child and report, or leave it to pytest."""
+    def _run(self, item: pytest.Item, *, isolate: bool, hugepages: bool = False) -> bool | None:
+        """Run a test in a child and report, or leave it to pytest; hugepages says whether it may take some."""
         if not isolate or not self._settings.isolate:
             return None
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        for report in self._isolated(item):
+        for report in self._isolated(item, hugepages=hugepages):
             item.ihook.pytest_runtest_logreport(report=report)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
 
-    def _isolated(self, item: pytest.Item) -> list[pytest.TestReport]:
+    def _isolated(self, item: pytest.Item, *, hugepages: bool) -> list[pytest.TestReport]:
         if not self._isolator:
             self._isolator = Isolator()
             for fd in self._guarded:
                 self._isolator.guard(fd)
-        pages = HugepageUse(self._facts.hugepage_size if self._health else 0)
+        pages = HugepageUse(self._facts.hugepage_size if hugepages and self._health else 0)
         ending = self._isolator.run(lambda send: self._perform(item, send), deadline=self._settings.deadline)
         reports = _reports(item, ending)
         left = [record.line for record in ending.records if isinstance(record, Leak)] + ending.leftovers
