@@ -190,6 +190,7 @@ def test_copy_remote(ctx: Context) -> None:
         with monitored(ctx.dst.range, MISSING, life) as (child, uffd):
             uffd.wait_fault(ctx.dst.start)
             uffd.copy(ctx.dst.start, source.start, ctx.page_size)
+            uffd.expect_asleep(0)
             child.wait()
     Pagemap.expect_present(ctx.dst)
 

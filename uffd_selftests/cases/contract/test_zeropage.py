@@ -163,6 +163,7 @@ def test_zeropage_remote(ctx: Context) -> None:
     with monitored(ctx.dst.range, MISSING, life) as (_, uffd):
         uffd.wait_fault(ctx.dst.start)
         uffd.zeropage(ctx.dst.page(0))
+        uffd.expect_asleep(0)
     Pagemap.expect_present(ctx.dst)
 
 
