@@ -107,7 +107,7 @@ class Isolator:
 
     def close(self) -> None:
         """Stop being the reaper, after having cleared away what an exception may have left in the middle of run."""
-        if self._child:
+        if self._child and self._child.pid not in self._spared:
             self._child.kill()
         self._clear_strays()
         _prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)

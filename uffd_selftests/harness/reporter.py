@@ -14,8 +14,9 @@ results.json
     ``id``, ``summary``, ``kernels``, ``advice``) and ``hugepages`` (how many it takes). Results are in the order in
     which they came.
 environment.json
-    ``{"facts": what was probed, "changed": {"hugepages": {...} or null}, "kernel_log": "" or why it is unreadable,
-    "tainted": letters}``.
+    ``{"facts": {...}, "changed": {}, "hugepage_shortage": null, "kernel_log_unreadable": null, "tainted": ""}``:
+    what was probed (kernel.Facts), what was changed for the run (``hugepages``: ``size`` in bytes and pages ``added``),
+    why there were too few huge pages, why the kernel log could not be watched, and the letters of the taint flags.
 dmesg.txt
     What the kernel logged during the run.
 """
