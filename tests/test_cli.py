@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 import uffd_selftests
-from conftest import ROOT
+from tests.conftest import ROOT
 from uffd_selftests import cli as command
 from uffd_selftests import kernel
 from uffd_selftests.harness import settings
 from uffd_selftests.uapi import Feature
 
 if TYPE_CHECKING:
-    from conftest import Starter, SuiteWriter
+    from tests.conftest import Starter, SuiteWriter
 
 FACTS = kernel.probe()
 UNAVAILABLE = kernel.no_userfaultfd(FACTS)

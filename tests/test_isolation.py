@@ -23,7 +23,7 @@ from uffd_selftests.harness.isolation import How, Isolator
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from conftest import Run, Starter
+    from tests.conftest import Run, Starter
 
 CROWD = str(Path(__file__).parent / "hostile" / "crowd.py")
 DEADLINE = f"{0.5 * float(os.environ.get('UFFD_DEADLINE_SCALE', '1')):g}"
