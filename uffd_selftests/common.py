@@ -518,6 +518,14 @@ def combinations(*flags: int) -> list[int]:
     return [sum(some) for count in range(len(flags) + 1) for some in itertools.combinations(flags, count)]
 
 
+def flag_names(flags: int) -> str:
+    """Return the names of flags of userfaultfd(2), and the number of those that it has not: O_CLOEXEC|0x2."""
+    known = {os.O_CLOEXEC: "O_CLOEXEC", os.O_NONBLOCK: "O_NONBLOCK", uapi.UFFD_USER_MODE_ONLY: "UFFD_USER_MODE_ONLY"}
+    names = [name for bit, name in known.items() if flags & bit]
+    rest = flags & ~sum(known)
+    return "|".join([*names, f"{rest:#x}"] if rest else names) or "0"
+
+
 def expect_handle(uffd: Uffd, flags: int) -> None:
     """Assert what /proc and fcntl(2) say of a handle that was made with these flags (userfaultfd(2)).
 
@@ -525,9 +533,10 @@ def expect_handle(uffd: Uffd, flags: int) -> None:
     for both.
     """
     expect(os.readlink(f"/proc/self/fd/{uffd.fd}"), "anon_inode:[userfaultfd]", "link in /proc/self/fd")
-    cloexec = fcntl.FD_CLOEXEC if flags & os.O_CLOEXEC else 0
-    expect(fcntl.fcntl(uffd.fd, fcntl.F_GETFD), cloexec, "F_GETFD")
-    expect(fcntl.fcntl(uffd.fd, fcntl.F_GETFL) & ~os.O_RDWR, flags & os.O_NONBLOCK, "F_GETFL but for O_RDWR")
+    cloexec = os.O_CLOEXEC if fcntl.fcntl(uffd.fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC else 0
+    expect(flag_names(cloexec), flag_names(flags & os.O_CLOEXEC), "close-on-exec (F_GETFD)")
+    status = fcntl.fcntl(uffd.fd, fcntl.F_GETFL) & ~os.O_RDWR
+    expect(flag_names(status), flag_names(flags & os.O_NONBLOCK), "F_GETFL")
 
 
 # ---- the fault handler ---------------------------------------------------------------------------------------------

@@ -14,7 +14,18 @@ from pathlib import Path
 
 from uffd_selftests import syscalls, uapi
 from uffd_selftests.case import Kind, uffd_case
-from uffd_selftests.common import MISSING, Context, Skip, Uffd, combinations, expect, expect_handle, fails, promise
+from uffd_selftests.common import (
+    MISSING,
+    Context,
+    Skip,
+    Uffd,
+    combinations,
+    expect,
+    expect_handle,
+    fails,
+    flag_names,
+    promise,
+)
 from uffd_selftests.ia32 import Ia32
 from uffd_selftests.kernel import DEVICE
 from uffd_selftests.mem_types import ALL, ANON
@@ -126,7 +137,7 @@ def test_device_flags() -> None:
     for access in (os.O_RDONLY, os.O_RDWR):
         with Device(access) as device:
             for flags in combinations(*FLAGS):
-                with promise("DEV-02", f"flags {flags:#x}, access mode {access}"), device.new(flags) as uffd:
+                with promise("DEV-02", f"flags {flag_names(flags)}, access mode {access}"), device.new(flags) as uffd:
                     expect_handle(uffd, flags)
 
 
@@ -137,7 +148,7 @@ def test_device_handle(ctx: Context) -> None:
     flags = os.O_NONBLOCK | UFFD_USER_MODE_ONLY
     page = ctx.dst.page(1)
     with Device() as device, device.new(flags) as uffd, Uffd.create(flags, via="syscall") as other:
-        expect(bytes(uffd.api()), bytes(other.api()), "DEV-02: the answer of UFFDIO_API")
+        expect(bytes(uffd.api()).hex(), bytes(other.api()).hex(), "DEV-02: the struct of UFFDIO_API")
         expect(uffd.fdinfo, other.fdinfo, "DEV-02: fdinfo")
         expect(uffd.register(ctx.dst.page(0), MISSING), other.register(page, MISSING), "DEV-02: ioctls")
         other.unregister(page)
@@ -198,7 +209,7 @@ def test_device_unknown_flags() -> None:
     with Device() as device:
         before = os.listdir("/proc/self/fd")
         for flags in [*unknown, *(flag | known for flag in unknown), 0xFFFF_FFFF, (1 << 64) - 1]:
-            with promise("DEV-04", f"flags {flags:#x}"), fails(EINVAL):
+            with promise("DEV-04", f"flags {flag_names(flags)}"), fails(EINVAL):
                 device.new(flags)
         expect(os.listdir("/proc/self/fd"), before, "DEV-04: open descriptors")
 
@@ -209,13 +220,13 @@ def test_device_high_bits() -> None:
     with Device() as device:
         for flags in (0, sum(FLAGS)):
             for bit in range(32, 64):
-                with promise("DEV-05", f"flags {flags | 1 << bit:#x}"), device.new(flags | 1 << bit) as uffd:
+                with promise("DEV-05", f"flags {flag_names(flags | 1 << bit)}"), device.new(flags | 1 << bit) as uffd:
                     expect_handle(uffd, flags)
 
 
 @uffd_case("device-other-calls", needs=("device",), rows=("DEV-06",), kind=Kind.DETAIL)
 def test_device_other_calls() -> None:
-    """The device knows no other ioctl, and can be neither read nor written."""
+    """The device knows no other ioctl, can be neither read nor written, and has no places to seek."""
     new = uapi.USERFAULTFD_IOC_NEW
     others = {*uapi.IOCTL_NAMES, new + 1, new ^ 0x100, new | 1 << 16, new | 1 << 30, termios.FIONREAD, 0} - {new}
     with Device(os.O_RDWR) as device:
@@ -226,6 +237,7 @@ def test_device_other_calls() -> None:
             os.read(device.fd, 32)
         with promise("DEV-06", "write"), fails(EINVAL):
             os.write(device.fd, bytes(32))
+        expect(os.lseek(device.fd, 1, os.SEEK_SET), 0, "DEV-06: lseek")
 
 
 @uffd_case("device-emfile", needs=("device",), rows=("CR-11", "DEV-02"))
@@ -244,7 +256,7 @@ def test_device_ia32() -> None:
     with Ia32() as ia32, Device() as device:
         for flags in combinations(*FLAGS):
             with (
-                promise("CR-20", f"flags {flags:#x}"),
+                promise("CR-20", f"flags {flag_names(flags)}"),
                 Uffd(ia32.call("ioctl", device.fd, uapi.USERFAULTFD_IOC_NEW, flags)) as uffd,
             ):
                 expect_handle(uffd, flags)
