@@ -59,14 +59,19 @@ EACH_HUGETLB = (HUGETLB, HUGETLB_PRIVATE)
 WRITEPROTECT = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
 
 
-def expect_slept_on(uffd: Uffd, threads: int) -> None:
-    """Assert how many threads, whose messages were read, were not woken.
+def slept_on(uffd: Uffd) -> int:
+    """Count the threads, whose messages were read, that have not been woken.
 
     One that was woken may have faulted again on the way and sleep once more, behind a message that is not read yet:
     see D-UNR-09. It does not count.
     """
     state = uffd.fdinfo
-    expect(state.total - state.pending, threads, "threads that sleep on (total: less pending: of fdinfo)")
+    return state.total - state.pending
+
+
+def expect_slept_on(uffd: Uffd, threads: int) -> None:
+    """Assert how many threads have not been woken."""
+    expect(slept_on(uffd), threads, "threads that sleep on (total: less pending: of fdinfo)")
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------------
@@ -111,6 +116,17 @@ def test_unregister_hugetlb_alignment(ctx: Context) -> None:
         with promise("UNR-07", what), refuses(EINVAL):
             ctx.uffd.unregister(bad)
         expect_modes(ctx.dst.range, MISSING, MISSING)
+
+
+@uffd_case("unregister-hugetlb-hole", mem=EACH_HUGETLB, pages=1, rows=("UNR-07",), kind=Kind.DETAIL)
+def test_unregister_hugetlb_hole(ctx: Context) -> None:
+    """Where huge pages come first in it, a range must start at one, even if it starts in the hole before them."""
+    hole = Range(ctx.dst.start - PAGE_SIZE, PAGE_SIZE)
+    unmap(hole)
+    ctx.uffd.register(ctx.dst.range, MISSING)
+    with promise("UNR-07"), refuses(EINVAL):
+        ctx.uffd.unregister(Range(hole.start, hole.len + ctx.page_size))
+    expect_modes(ctx.dst.range, MISSING)
 
 
 @uffd_case("unregister-orphaned", mem=(ANON,), pages=1, rows=("UNR-14",), kind=Kind.DETAIL)
@@ -364,14 +380,12 @@ def blocked_on_minor(ctx: Context) -> Iterator[None]:
         yield
 
 
-def unregister_and_expect_woken(ctx: Context, row: str) -> None:
-    """Unregister the range and assert that nobody sleeps on; then wake whoever does."""
+def unregister(ctx: Context) -> int:
+    """Unregister the range and return how many threads sleep on; these are woken, to be out of the way."""
     ctx.uffd.unregister(ctx.dst.range)
-    try:
-        with promise(row):
-            expect_slept_on(ctx.uffd, 0)
-    finally:
-        ctx.uffd.wake(ctx.dst.range)
+    asleep = slept_on(ctx.uffd)
+    ctx.uffd.wake(ctx.dst.range)
+    return asleep
 
 
 WP_SLEEPS_ON = Defect(
@@ -392,7 +406,8 @@ MINOR_SLEEPS_ON = Defect(
 def test_unregister_wakes_wp(ctx: Context) -> None:
     """A thread that waits for a write-protected page wakes when its range is unregistered."""
     with blocked_on_wp(ctx):
-        unregister_and_expect_woken(ctx, "UNR-11")
+        asleep = unregister(ctx)
+    expect(asleep, 0, "UNR-11: threads that sleep on")
 
 
 @uffd_case(
@@ -406,7 +421,8 @@ def test_unregister_wakes_wp(ctx: Context) -> None:
 def test_unregister_wakes_minor(ctx: Context) -> None:
     """A thread that waits in a minor fault wakes when its range is unregistered."""
     with blocked_on_minor(ctx):
-        unregister_and_expect_woken(ctx, "UNR-12")
+        asleep = unregister(ctx)
+    expect(asleep, 0, "UNR-12: threads that sleep on")
 
 
 @uffd_case("unregister-then-wake-wp", mem=ALL, features=WRITEPROTECT, pages=1, rows=("UNR-11",), kind=Kind.DETAIL)
@@ -442,7 +458,8 @@ def test_unregister_wakes_both(ctx: Context) -> None:
     ctx.uffd.copy(ctx.dst.start, ctx.src.start, ctx.page_size, CopyMode.WP)
     flags = PagefaultFlag.WRITE | PagefaultFlag.WP
     with faulting(ctx.uffd, ctx.dst.start, write=True, flags=flags), faulting(ctx.uffd, ctx.dst.page(1).start):
-        unregister_and_expect_woken(ctx, "UNR-09")
+        asleep = unregister(ctx)
+    expect(asleep, 0, "UNR-09: threads that sleep on")
 
 
 RACE = Defect(
