@@ -383,16 +383,28 @@ def test_register_secretmem(ctx: Context) -> None:
         raise Skip(f"{error}: needs CONFIG_SECRETMEM, secretmem.enable=1 at boot and RLIMIT_MEMLOCK") from None
 
 
+def expect_vdso_refused(uffd: Uffd, *modes: RegisterMode, note: str = "") -> None:
+    """Assert that the pages which the kernel shares with every process can be registered in none of these modes."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(("[vdso]", "[vvar]", "[vvar_vclock]")):
+            start, end = (int(part, 16) for part in line.split()[0].split("-"))
+            for mode in modes:
+                with promise("REG-11", f"{line.split()[-1]}, {mode}{note}"), refuses(EINVAL):
+                    uffd.register(Range(start, end - start), mode)
+
+
 @uffd_case("register-vdso", rows=("REG-11",))
 def test_register_vdso() -> None:
     """The pages that the kernel shares with every process are refused."""
     with Uffd.open() as uffd:
-        for line in Path("/proc/self/maps").read_text().splitlines():
-            if line.endswith(("[vdso]", "[vvar]", "[vvar_vclock]")):
-                start, end = (int(part, 16) for part in line.split()[0].split("-"))
-                for mode in (MISSING, WP, MINOR):
-                    with promise("REG-11", f"{line.split()[-1]}, {mode}"), refuses(EINVAL):
-                        uffd.register(Range(start, end - start), mode)
+        expect_vdso_refused(uffd, MISSING, WP, MINOR, MISSING | WP)
+
+
+@uffd_case("register-vdso-async", features=Feature.WP_ASYNC, rows=("REG-11",), kind=Kind.DETAIL)
+def test_register_vdso_async() -> None:
+    """They are refused with UFFD_FEATURE_WP_ASYNC too; a kernel that takes them lacks the fix of CVE-2026-68166."""
+    with Uffd.open(Feature.WP_ASYNC) as uffd:
+        expect_vdso_refused(uffd, WP, note=" (the fix of CVE-2026-68166)")
 
 
 @uffd_case(
