@@ -12,6 +12,7 @@ import itertools
 import os
 import select
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -74,6 +75,10 @@ DEFAULT_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | uapi.UFFD_USER_MODE_ONLY
 
 UNTOUCHED = -0x5EED_0BAD_CAFE
 """Output fields hold this before the call; the kernel writes no such value."""
+
+
+waiting_threads: list[threading.Thread] = []
+"""The threads in which cases make calls that may sleep: see Waiter of processes.py."""
 
 
 class Skip(Exception):
@@ -803,11 +808,19 @@ class Context:
         self.close()
 
     def close(self) -> None:
-        """Close the handle, then unmap the areas: nobody waits for an event then."""
+        """Close the handle, then unmap the areas: nobody waits for an event then.
+
+        A case that failed may have left threads asleep in the areas. The close wakes them; until they have ended,
+        their memory stays, else the failure would end as a crash.
+        """
         if "uffd" in self.__dict__:
             self.uffd.close()
-        for area in self._areas:
-            area.close()
+        end = time.monotonic() + DEADLINE / 10
+        for thread in waiting_threads:
+            thread.join(max(0, end - time.monotonic()))
+        if not any(thread.is_alive() for thread in waiting_threads):
+            for area in self._areas:
+                area.close()
         self._areas.clear()
 
 

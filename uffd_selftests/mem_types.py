@@ -13,6 +13,7 @@ from pathlib import Path
 from uffd_selftests.memory import (
     MAP_ANONYMOUS,
     MAP_FIXED,
+    MAP_FIXED_NOREPLACE,
     MAP_NORESERVE,
     MAP_PRIVATE,
     MAP_SHARED,
@@ -94,6 +95,25 @@ HUGETLB_PRIVATE = MemType("hugetlb-private", Backing.HUGETLB, shared=False)
 ALL = (ANON, SHMEM, SHMEM_PRIVATE, HUGETLB, HUGETLB_PRIVATE)
 
 
+_place = 1 << 36
+"""Where the next reservation is tried: far below everything that the kernel places itself.
+
+It gives the highest gap that is large enough. A hole that a case makes in memory up there would soon be the
+interpreter's, and the case would find it mapped again, or unmap it.
+"""
+
+
+def _reserve(length: int) -> Range:
+    """Reserve address space, at a place not used before in this process; where the kernel likes, if need be."""
+    global _place
+    flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
+    for _ in range(16):
+        place, _place = _place, _place + length + _ALIGNMENT
+        with suppress(KernelError):  # EEXIST: somebody is there; ENOMEM: there is no such place
+            return Range(map_memory(length, at=place, prot=PROT_NONE, flags=flags | MAP_FIXED_NOREPLACE), length)
+    return Range(map_memory(length, prot=PROT_NONE, flags=flags), length)
+
+
 class Area:
     """A mapping of ``nr_pages`` pages of one memory type, PMD aligned, with unmapped gaps around it.
 
@@ -119,18 +139,9 @@ class Area:
             raise
 
     def _map(self) -> int:
-        """Map the object at a fresh PMD-aligned place.
-
-        The place is found by reserving more than is needed, which also keeps neighbours from merging with it: a fixed
-        address may be taken, and a hint may be ignored.
-        """
+        """Map the object at a fresh PMD-aligned place, with more around it: neighbours must not merge with it."""
         length = self.nr_pages * self.page_size
-        reservation = Range(
-            map_memory(
-                length + 2 * _ALIGNMENT, prot=PROT_NONE, flags=MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
-            ),
-            length + 2 * _ALIGNMENT,
-        )
+        reservation = _reserve(length + 2 * _ALIGNMENT)
         self._reservations.append(reservation)
         start = -(-(reservation.start + PAGE_SIZE) // _ALIGNMENT) * _ALIGNMENT
         flags = MAP_FIXED | (MAP_SHARED if self.mem.shared else MAP_PRIVATE)

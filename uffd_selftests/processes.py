@@ -22,7 +22,17 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from uffd_selftests import memory, syscalls
-from uffd_selftests.common import DEADLINE, DEFAULT_FLAGS, Fault, Removed, Skip, Uffd, eventually, expect
+from uffd_selftests.common import (
+    DEADLINE,
+    DEFAULT_FLAGS,
+    Fault,
+    Removed,
+    Skip,
+    Uffd,
+    eventually,
+    expect,
+    waiting_threads,
+)
 from uffd_selftests.machine import Sysctl
 from uffd_selftests.mem_types import Area
 from uffd_selftests.memory import Range
@@ -130,6 +140,7 @@ class Waiter:
 
     def __enter__(self) -> Waiter:
         self._thread.start()
+        waiting_threads.append(self._thread)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

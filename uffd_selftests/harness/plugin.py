@@ -18,8 +18,8 @@ import pytest
 
 from uffd_selftests import kernel
 from uffd_selftests.case import ATTRIBUTE, Case, Kind
-from uffd_selftests.harness.gating import area_pages
 from uffd_selftests.harness.interrupts import Signals
+from uffd_selftests.harness.plain import make_context
 from uffd_selftests.harness.reporter import Reporter
 from uffd_selftests.harness.results import Planned, declaration
 from uffd_selftests.harness.runner import Runner
@@ -189,17 +189,7 @@ def mem(request: pytest.FixtureRequest) -> MemType:
 @pytest.fixture
 def ctx(request: pytest.FixtureRequest, mem: MemType) -> Iterator[Context]:
     """Source and destination areas of the memory type, and a userfaultfd with the case's features."""
-    from uffd_selftests.common import Context  # noqa: PLC0415  # loaded by the case already
-
-    case, _, _ = declaration(request.node)
-    assert case
-    with Context(
-        mem,
-        features=case.features,
-        nr_pages=area_pages(case, mem, request.config.stash[SETTINGS].area_bytes),
-        pre_alloc=case.pre_alloc,
-        post_alloc=case.post_alloc,
-    ) as context:
+    with make_context(request.node, request.config.stash[SETTINGS].area_bytes) as context:
         yield context
 
 

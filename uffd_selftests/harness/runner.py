@@ -6,19 +6,19 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pytest
 from _pytest.runner import runtestprotocol
 
-from uffd_selftests.harness import gating, proc
+from uffd_selftests.harness import gating, plain, proc
 from uffd_selftests.harness.health import HugepageUse
 from uffd_selftests.harness.isolation import Ending, How, Isolator, Send
 from uffd_selftests.harness.results import declaration
 from uffd_selftests.machine import lack_of_hugepages
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from uffd_selftests.harness.health import KernelHealth
@@ -153,7 +153,12 @@ class Runner:
         case, _, _ = declaration(item)
         if case and not case.smp:
             os.sched_setaffinity(0, {self._cpu})
-        runtestprotocol(item, log=True, nextitem=None)
+        if isinstance(item, pytest.Function) and plain.is_plain(item):
+            outcome = plain.perform(item, self._settings.area_bytes)
+            failed = not isinstance(outcome, plain.Passed)
+            send(outcome)
+        else:
+            runtestprotocol(item, log=True, nextitem=None)
         if not failed:  # the traceback of a failure keeps its frames alive, and what they hold
             for fd in proc.userfaultfds():
                 send(Leak(f"userfaultfd {fd} is open"))
@@ -163,6 +168,8 @@ def _reports(item: pytest.Item, ending: Ending) -> list[pytest.TestReport]:
     """Return pytest's reports of a child, with one more if it did not come to a good end."""
     unpack = item.config.hook.pytest_report_from_serializable
     reports = [unpack(config=item.config, data=data) for data in ending.records if isinstance(data, dict)]
+    if plain.is_plain(item):
+        reports = _fill_in(item, ending, reports)
     if ending.how is How.DONE and not ending.leftovers:
         return reports
     sections = _captured(item)
@@ -172,6 +179,26 @@ def _reports(item: pytest.Item, ending: Ending) -> list[pytest.TestReport]:
         verdict = {"outcome": word.lower(), "reason": ending.reason, "evidence": ending.evidence}
         reports.append(_failure(item, reports, text, sections=sections, duration=ending.seconds, uffd=verdict))
     return reports
+
+
+def _fill_in(item: pytest.Item, ending: Ending, reports: list[pytest.TestReport]) -> list[pytest.TestReport]:
+    """Add the reports of a plain case that the child leaves out: whatever went well."""
+    for record in ending.records:
+        if isinstance(record, plain.Passed):
+            reports.append(_passed(item, "call", record.seconds))
+            if reason := plain.expected(item):
+                reports[-1].wasxfail = reason
+    reports.insert(0, _passed(item, "setup"))
+    if ending.how is How.DONE:
+        reports.append(_passed(item, "teardown"))
+        reports[1].sections += _captured(item)
+    return reports
+
+
+def _passed(item: pytest.Item, when: Literal["setup", "call", "teardown"], seconds: float = 0.0) -> pytest.TestReport:
+    """Return the report of a phase that went well."""
+    keywords: Mapping[str, Literal[1]] = dict.fromkeys(item.keywords, 1)
+    return pytest.TestReport(item.nodeid, item.location, keywords, "passed", None, when, duration=seconds)
 
 
 def _fail_late(item: pytest.Item, reports: list[pytest.TestReport], what: str, lines: list[str]) -> None:

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Plain cases, called without pytest's way there.
+
+pytest's protocol costs several times what most cases do: it touches so many objects that parent and child part with a
+thousand pages each.  A case that takes nothing but what this plugin gives it needs none of that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+
+from uffd_selftests.harness.gating import area_pages
+from uffd_selftests.harness.results import declaration
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from uffd_selftests.common import Context
+
+GIVEN = {"ctx", "mem", "variant", "request"}
+
+
+class Passed(NamedTuple):
+    """What a child sends when its case went well."""
+
+    seconds: float
+
+
+def is_plain(item: pytest.Item) -> bool:
+    """Whether a test is a case without fixtures, hooks around it or markers that are not this plugin's."""
+    case, _, _ = declaration(item)
+    if not case or not isinstance(item, pytest.Function) or item.cls:
+        return False
+    markers = {marker.name for marker in item.iter_markers()}
+    return GIVEN.issuperset(item.fixturenames) and markers <= ({"xfail"} if case.defect else set())
+
+
+def make_context(item: pytest.Item, area_bytes: int) -> Context:
+    """Return the context that a case declares, not entered yet."""
+    from uffd_selftests.common import Context  # noqa: PLC0415  # loaded by the case already
+
+    case, _, mem = declaration(item)
+    assert case
+    assert mem
+    return Context(
+        mem,
+        features=case.features,
+        nr_pages=area_pages(case, mem, area_bytes),
+        pre_alloc=case.pre_alloc,
+        post_alloc=case.post_alloc,
+    )
+
+
+def perform(item: pytest.Function, area_bytes: int) -> Passed | dict[str, Any]:
+    """Call a plain case; return what became of it: Passed, or pytest's report of the failure or skip, plain data."""
+    _, variant, mem = declaration(item)
+    arguments: dict[str, object] = {"variant": variant, "mem": mem}
+    function: Callable[..., None] = item.function
+
+    def body() -> None:
+        with contextlib.ExitStack() as stack:
+            if "ctx" in item.fixturenames:
+                arguments["ctx"] = stack.enter_context(make_context(item, area_bytes))
+            function(**{name: arguments[name] for name in item._fixtureinfo.argnames})
+
+    call = pytest.CallInfo.from_call(body, "call")
+    if not call.excinfo:
+        return Passed(call.duration)
+    report = item.ihook.pytest_runtest_makereport(item=item, call=call)
+    if isinstance(call.excinfo.value, AssertionError) and (reason := expected(item)):
+        report.outcome, report.wasxfail = "skipped", reason
+    data: dict[str, Any] = item.config.hook.pytest_report_to_serializable(config=item.config, report=report)
+    return data
+
+
+def expected(item: pytest.Item) -> str:
+    """Return why a case is expected to fail, as its declaration says; empty when it is not."""
+    case, _, _ = declaration(item)
+    marker = item.get_closest_marker("xfail")
+    return str(marker.kwargs["reason"]) if case and case.defect and marker else ""
