@@ -208,6 +208,14 @@ def test_run_and_reports(cli: Starter, suite: SuiteWriter, workers: str) -> None
 
 
 @needs_userfaultfd
+def test_strict(cli: Starter, suite: SuiteWriter) -> None:
+    """--strict makes a failure of a known defect."""
+    run = cli.run("--strict", "-f", "breaks", "--", suite.write(ONE_OF_EACH))
+    assert run.code == 1
+    assert "not ok 1 breaks\n" in run.stdout
+
+
+@needs_userfaultfd
 def test_old_reports_do_not_stay(cli: Starter, suite: SuiteWriter) -> None:
     """A folder does not keep the results of another run."""
     path = suite.write(ONE_OF_EACH)

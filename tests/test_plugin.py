@@ -150,6 +150,17 @@ def test_known_defect(run: Run) -> None:
 
 
 @needs_userfaultfd
+def test_strict_defects(run: Run) -> None:
+    """With --strict-defects a known defect excuses nothing."""
+    case = """
+    @uffd_case("asserts", defect=Defect('D-X-1', 'it sleeps on', '6.18', 'wake it'))
+    def test_asserts():
+        assert False
+    """
+    run(case, "--strict-defects").assert_outcomes(failed=1)
+
+
+@needs_userfaultfd
 def test_skip_from_anywhere(run: Run) -> None:
     """Skip, raised in a case or in its hooks, is a skip with that reason, located at the case."""
     result = run(

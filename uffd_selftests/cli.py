@@ -56,6 +56,7 @@ def parser() -> Parser:
     add("-n", dest="workers", metavar="N", type=_workers, default="0", help="run in N processes, or auto")
     add("-o", "--output", metavar="DIR", type=Path, help=f"write {', '.join(FILES)} and junit.xml into DIR")
     add("--documented-only", action="store_true", help="leave out what only the kernel's source promises")
+    add("--strict", action="store_true", help="let known defects of kernels fail")
     for each in OPTIONS:
         add(each.flag, metavar=each.metavar, help=f"{each.help} [{each.variable}]")
     add("--no-isolation", action="store_true", help="run cases in one process, for a debugger")
@@ -150,6 +151,8 @@ def _pytest_arguments(args: argparse.Namespace, passed: list[str], ktap_fd: int)
         yield from ("-k", args.keyword)
     if args.documented_only:
         yield "--documented-only"
+    if args.strict:
+        yield "--strict-defects"
     if args.no_isolation:
         yield "--no-isolation"
     if args.list:

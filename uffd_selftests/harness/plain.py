@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from uffd_selftests.common import Context
 
-GIVEN = {"ctx", "mem", "variant", "request"}
+GIVEN = {"ctx", "mem", "variant"}
 
 
 class Passed(NamedTuple):

@@ -82,6 +82,8 @@ class Settings:
     require: frozenset[str]
     filters: tuple[str, ...]
     documented_only: bool
+    strict: bool
+    """Known defects are failures."""
     isolate: bool
     isolate_all: bool
     """Isolate tests that declare no case, too."""
@@ -105,6 +107,7 @@ class Settings:
             values["require"],
             tuple(option.filter),
             option.documented_only,
+            option.strict_defects,
             option.isolation and not option.usepdb and not option.trace,
             option.isolate_all,
             option.ktap_fd,
@@ -121,6 +124,7 @@ class Settings:
             "require": sorted(self.require),
             "filters": list(self.filters),
             "documented_only": self.documented_only,
+            "strict": self.strict,
             "isolation": self.isolate,
         }
 
@@ -140,6 +144,7 @@ def add_options(parser: pytest.Parser) -> None:
         group.addoption(each.flag, metavar=each.metavar, help=f"{each.help} [{each.variable}]")
     group.addoption("--filter", action="append", default=[], metavar="SUBSTR", help="only cases whose name has SUBSTR")
     group.addoption("--documented-only", action="store_true", help="leave out what only the kernel's source promises")
+    group.addoption("--strict-defects", action="store_true", help="let known defects of kernels fail")
     group.addoption(
         "--no-isolation", action="store_false", dest="isolation", default=True,
         help="run cases in pytest's own process, for a debugger",

@@ -75,6 +75,7 @@ class Steward:
             return
         self._begun = True
         kernel.repair()
+        self._cleanup.callback(kernel.repair)  # a case that was killed may have left a setting changed
         self._pages = HugepageUse(self.facts.hugepage_size)
         wanted = workers * max(planned.hugepages for planned in plan)
         if wanted:
