@@ -35,7 +35,8 @@ def is_plain(item: pytest.Item) -> bool:
     if not case or not isinstance(item, pytest.Function) or item.cls:
         return False
     markers = {marker.name for marker in item.iter_markers()}
-    return GIVEN.issuperset(item.fixturenames) and markers <= ({"xfail"} if case.defect else set())
+    taken, needed = item._fixtureinfo.argnames, {*GIVEN, "request"}  # which the fixture ctx takes
+    return GIVEN.issuperset(taken) and needed.issuperset(item.fixturenames) and markers <= ({"xfail"} if case.defect else set())
 
 
 def make_context(item: pytest.Item, area_bytes: int) -> Context:
