@@ -36,7 +36,8 @@ def is_plain(item: pytest.Item) -> bool:
         return False
     markers = {marker.name for marker in item.iter_markers()}
     taken, needed = item._fixtureinfo.argnames, {*GIVEN, "request"}  # which the fixture ctx takes
-    return GIVEN.issuperset(taken) and needed.issuperset(item.fixturenames) and markers <= ({"xfail"} if case.defect else set())
+    allowed = {"xfail"} if case.defect else set()
+    return GIVEN.issuperset(taken) and needed.issuperset(item.fixturenames) and markers <= allowed
 
 
 def make_context(item: pytest.Item, area_bytes: int) -> Context:
