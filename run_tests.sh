@@ -59,6 +59,8 @@ unfinished() {
 }
 
 setup() {
+    [ -w "$native" ] || [ ! -s "$stamp" ] || [ -x "$venv/bin/python" ] ||
+        die "you may not run $venv/bin/python, which its owner made with $made_with: have it made with PYTHON=/usr/bin/python3"
     [ -w "$native" ] || die "cannot write to $here: copy the project to a folder of yours"
     if [ -e "$venv" ] && [ ! -e "$stamp" ]; then
         rmdir "$venv" 2>/dev/null || die "$venv is not of this script's making: move it, or name another in UFFD_VENV"
