@@ -718,6 +718,7 @@ def test_writeprotect_mremap_tables(ctx: Context) -> None:
         area, moved = kind(ctx), ctx.allocate(pmd_size() // PAGE_SIZE)
         ctx.uffd.register(area.range, WP)
         ctx.uffd.writeprotect(area.range)
+        Pagemap.expect_protected(area, range(area.nr_pages), "before mremap")
         remap(area.range, to=moved.start)
         with promise("WP-27", kind.__name__):
             Pagemap.expect_protected(moved, (), "after mremap")
