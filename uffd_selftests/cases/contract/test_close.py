@@ -250,20 +250,22 @@ FORK_HOLDS = Defect(
 def test_close_event_fork_own(ctx: Context) -> None:
     """fork(2) that waits for its event to be read goes on when another thread of its process closes the last one."""
 
-    def target(_: Channel) -> None:
+    def target(channel: Channel) -> None:
         uffd = Uffd.open(Feature.EVENT_FORK)
         uffd.register(ctx.dst.range, MISSING)
         with Waiter(fork_without_lock) as forker:
             forker.expect_in_event()
             uffd.close()
-            expect_modes(ctx.dst.range, UNREGISTERED)
+            channel.send()
             pid = forker.result()
             assert isinstance(pid, int)
             os.kill(pid, SIGKILL)
             os.waitpid(pid, 0)
 
-    with Child(target):  # what hangs there is killed with it
-        pass
+    where = ctx.dst.range
+    with Child(target) as child:  # a failure kills it, and with it what hangs there
+        child.receive()
+        expect_modes(where, UNREGISTERED, pid=child.pid)
 
 
 def fork_without_lock() -> int:
