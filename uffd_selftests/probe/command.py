@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The command behind ``--probe``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+
+from uffd_selftests.harness.interrupts import Interrupted, Signals
+from uffd_selftests.kernel import no_userfaultfd, repair
+from uffd_selftests.probe.config import examine
+from uffd_selftests.probe.consumers import judge
+from uffd_selftests.probe.findings import look
+from uffd_selftests.probe.report import Report
+from uffd_selftests.probe.suite import prospect
+
+EXIT_OK, EXIT_NOTHING = 0, 4
+
+
+def main(*, as_json: bool, area_bytes: int) -> int:
+    """Look at the kernel and print what was found; 0 when userfaultfd can be had, 4 when not, 128 + N by signal N."""
+    with contextlib.closing(Signals()) as signals:
+        try:
+            report = probe(area_bytes)
+        except Interrupted:
+            return 128 + signals.number
+    text = json.dumps(report.to_dict(), indent=2) + "\n" if as_json else report.text()
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has read enough; nothing shall be flushed at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return EXIT_NOTHING if no_userfaultfd(report.findings.facts) else EXIT_OK
+
+
+def probe(area_bytes: int) -> Report:
+    """Look at everything; the machine is as before afterwards."""
+    repair()
+    findings = look()
+    return Report(findings, judge(findings), examine(findings.facts), prospect(findings.facts, area_bytes))
