@@ -5,18 +5,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 
 from uffd_selftests.harness.interrupts import Interrupted, Signals
 from uffd_selftests.kernel import no_userfaultfd, repair
+from uffd_selftests.memory import errno_name
 from uffd_selftests.probe.config import examine
 from uffd_selftests.probe.consumers import judge
 from uffd_selftests.probe.findings import look
 from uffd_selftests.probe.report import Report
 from uffd_selftests.probe.suite import prospect
 
-EXIT_OK, EXIT_NOTHING = 0, 4
+EXIT_OK, EXIT_USAGE, EXIT_NOTHING = 0, 2, 4
 
 
 def main(*, as_json: bool, area_bytes: int) -> int:
@@ -28,10 +28,13 @@ def main(*, as_json: bool, area_bytes: int) -> int:
             return 128 + signals.number
     text = json.dumps(report.to_dict(), indent=2) + "\n" if as_json else report.text()
     try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads has read enough; nothing shall be flushed at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        with open(1, "w", closefd=False) as stdout:
+            stdout.write(text)
+    except BrokenPipeError:  # whoever reads has read enough
+        pass
+    except OSError as error:
+        sys.stderr.write(f"uffd-selftests: cannot write: {errno_name(error.errno or 0)}\n")
+        return EXIT_USAGE
     return EXIT_NOTHING if no_userfaultfd(report.findings.facts) else EXIT_OK
 
 

@@ -91,7 +91,7 @@ def allowed(bit: Feature) -> Need:
     """UFFDIO_API does not refuse a feature that it offers."""
 
     def need(findings: Findings) -> str | None:
-        return feature(bit)(findings) if findings.feature(bit).offered else None
+        return feature(bit)(findings) if bit & findings.facts.features else None
 
     return need
 

@@ -101,6 +101,7 @@ class Findings:
     ioctls: ApiIoctls
     """What UFFDIO_API offers on the descriptor as such."""
     features: tuple[FeatureFinding, ...]
+    """Every bit that has a name or is offered; none when the kernel could not be asked."""
     handle: dict[str, Outcome]
     """What was tried of the features that do not depend on the memory."""
     columns: tuple[Column, ...]
@@ -111,15 +112,6 @@ class Findings:
     pools: dict[int, kernel.HugepageCounts]
     """The pool of each huge page size in bytes, as it was before the probe."""
 
-    def outcome(self, memory_name: str, trial: str) -> Outcome:
-        """Return what came of a trial on a memory type; UNTESTED for what is not there."""
-        found = next((column.outcomes for column in self.columns if column.name == memory_name), {})
-        return found.get(trial, Outcome(Answer.UNTESTED, detail="not tried"))
-
-    def feature(self, feature: Feature) -> FeatureFinding:
-        """Return what is known of a feature that has a name."""
-        return next(each for each in self.features if each.bit == feature)
-
 
 def look() -> Findings:
     """Try everything. The machine is as before afterwards; KeyboardInterrupt ends it early."""
@@ -127,7 +119,7 @@ def look() -> Findings:
     pools = {size: kernel.hugepages(size) for size in facts.hugepage_sizes}
     with contextlib.closing(Isolator()) as isolator:
         usable = kernel.no_userfaultfd(facts) is None
-        ioctls, features = _features(isolator, facts) if usable else (ApiIoctls(0), _no_features())
+        ioctls, features = _features(isolator, facts) if usable else (ApiIoctls(0), ())
         handle = {trial.name: _try(isolator, trial, ANON, facts) for trial in OF_HANDLE} if usable else {}
         columns = tuple(_columns(isolator, facts)) if usable else ()
     return Findings(facts, ioctls, features, handle, columns, _dontunmap(), _mthp(), pools)
@@ -193,7 +185,7 @@ def _features(isolator: Isolator, facts: Facts) -> tuple[ApiIoctls, tuple[Featur
     for record in ending.records:
         if isinstance(record, tuple):
             return record
-    return ApiIoctls(0), _no_features()
+    return ApiIoctls(0), ()
 
 
 def _bits(offered: Feature) -> Iterable[Feature]:
@@ -208,14 +200,6 @@ def _refusal(feature: Feature, flags: int) -> str | None:
     except OSError as error:
         return errno_name(error.errno or 0)
     return None
-
-
-def _no_features() -> tuple[FeatureFinding, ...]:
-    """Return the features of a kernel that cannot be asked."""
-    return tuple(
-        FeatureFinding(str(bit).removeprefix(Feature.prefix), int(bit), bit.since, False, None)
-        for bit in _bits(Feature(0))
-    )
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
@@ -248,7 +232,7 @@ def _sized(mem: MemType, size: int, facts: Facts) -> MemType:
 def _hugepages(size: int) -> Iterator[str | None]:
     """Have a few huge pages free for the block, which gets the reason if that is not to be had."""
     if size > LARGEST_TRIED:
-        yield f"huge pages of {size // 1024} kB are not filled by the probe: too large"
+        yield f"huge pages of {size >> 20} MB were registered and not filled: clearing one takes long"
         return
     with HugepagePool(size, HUGEPAGES_TAKEN) as pool:
         yield pool.shortage

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from uffd_selftests.probe.config import Configuration
 from uffd_selftests.probe.consumers import Judgement
 from uffd_selftests.probe.findings import Answer, Column, FeatureFinding, Findings, Outcome
 from uffd_selftests.probe.suite import Prospect
-from uffd_selftests.probe.trials import BY_MEMORY, SINCE
+from uffd_selftests.probe.trials import BY_MEMORY
 
 FORMAT = 1
 """Raised when a key of the JSON changes its meaning or goes away; new keys leave it alone."""
@@ -66,17 +67,18 @@ class Report:
                 yield from ("", title, *(f"  {line}".rstrip() for line in body))
 
     def _verdict_lines(self) -> Iterator[str]:
-        for judgement in self.judgements:
-            yield f"{judgement.consumer.name:<{NAME}}{judgement.verdict.value}"
-            for reason in judgement.reasons:
+        for reasons, judgements in itertools.groupby(self.judgements, lambda judgement: judgement.reasons):
+            for judgement in judgements:
+                yield f"{judgement.consumer.name:<{NAME}}{judgement.verdict.value}"
+            for reason in reasons:  # the same for all these
                 yield from wrapped(f"    {reason}", 6)
 
     def _access_lines(self) -> Iterator[str]:
         facts = self.findings.facts
         for door in doors(facts):
             mode = f", mode {facts.device_mode:04o}" if door.title == DEVICE and facts.device_mode is not None else ""
-            state = "open" if door.refused is None else "shut"
-            yield f"{door.title + mode:<{NAME}}{state}" + ("" if door.kernel_faults else " (no kernel faults)")
+            state = "shut" if door.refused else "open" if door.kernel_faults else "open, without kernel faults"
+            yield f"{door.title + mode:<{NAME}}{state}"
             if door.refused:
                 yield from wrapped(f"    {door.reason or door.refused}", 6)
         sysctl = "not there" if facts.unprivileged_userfaultfd is None else str(facts.unprivileged_userfaultfd)
@@ -105,7 +107,7 @@ class Report:
         for trial in BY_MEMORY:
             cells = [cell(column.outcomes[trial.name]) for column in columns]
             shown.update(cells)
-            yield f"{trial.name:<16}{SINCE[trial.name]:<7}" + "".join(f"{word:<{CELL}}" for word in cells)
+            yield f"{trial.name:<16}{trial.since:<7}" + "".join(f"{word:<{CELL}}" for word in cells)
         for word in sorted(word for word in shown if word.endswith("*") and word != "yes*"):
             yield f"{word} refused, though UFFDIO_REGISTER offers it"
         if "yes*" in shown:

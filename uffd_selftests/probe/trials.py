@@ -84,6 +84,12 @@ class Trial:
     """What UFFDIO_API must enable for it."""
     kernel_faults: bool = False
     """It needs a handle that reports the kernel's own faults."""
+    ioctl_since: str = "4.3"
+
+    @property
+    def since(self) -> str:
+        """The first Linux release with it; some memory types came later."""
+        return self.features.since or self.ioctl_since
 
 
 # ---- ioctls --------------------------------------------------------------------------------------------------------
@@ -121,6 +127,13 @@ def wake(on: Stage) -> None:
         on.uffd.copy(on.dst.start, on.src.start, on.page_size, CopyMode.DONTWAKE)
         on.uffd.expect_still_asleep(1)
         on.uffd.wake(on.dst.range)
+
+
+def unregister(on: Stage) -> None:
+    """Let the kernel handle the page again."""
+    on.uffd.unregister(on.dst.range)
+    on.dst.expect_zero()
+    on.uffd.expect_no_message()
 
 
 def writeprotect(on: Stage) -> None:
@@ -201,11 +214,12 @@ def kernel_faults(on: Stage) -> None:
 BY_MEMORY = (
     Trial("COPY", copy, ioctl=RangeIoctls.COPY),
     Trial("ZEROPAGE", zeropage, ioctl=RangeIoctls.ZEROPAGE),
-    Trial("MOVE", move, ioctl=RangeIoctls.MOVE),
-    Trial("POISON", poison, ioctl=RangeIoctls.POISON),
+    Trial("MOVE", move, ioctl=RangeIoctls.MOVE, ioctl_since="6.8"),
+    Trial("POISON", poison, ioctl=RangeIoctls.POISON, ioctl_since="6.6"),
     Trial("WAKE", wake, ioctl=RangeIoctls.WAKE),
-    Trial("WRITEPROTECT", writeprotect, mode=WP, ioctl=RangeIoctls.WRITEPROTECT),
-    Trial("CONTINUE", continue_, mode=MINOR, ioctl=RangeIoctls.CONTINUE),
+    Trial("UNREGISTER", unregister),
+    Trial("WRITEPROTECT", writeprotect, mode=WP, ioctl=RangeIoctls.WRITEPROTECT, ioctl_since="5.7"),
+    Trial("CONTINUE", continue_, mode=MINOR, ioctl=RangeIoctls.CONTINUE, ioctl_since="5.13"),
     Trial("RWPROTECT", rwprotect, mode=RWP, ioctl=RangeIoctls.RWPROTECT, features=Feature.RWP),
     Trial("SIGBUS", sigbus, features=Feature.SIGBUS),
     Trial("WP_UNPOPULATED", wp_unpopulated, mode=WP, features=Feature.WP_UNPOPULATED),
@@ -282,10 +296,3 @@ OF_HANDLE = (
     Trial("RWP_ASYNC", rwp_async, mode=RWP, features=RWP_ASYNC),
 )
 """Tried on anonymous memory alone: they do not depend on it."""
-
-SINCE = {
-    "COPY": "4.3", "ZEROPAGE": "4.3", "WAKE": "4.3", "WRITEPROTECT": "5.7", "CONTINUE": "5.13", "POISON": "6.6",
-    "MOVE": "6.8", "RWPROTECT": "7.3", "SIGBUS": Feature.SIGBUS.since, "WP_UNPOPULATED": Feature.WP_UNPOPULATED.since,
-    "WP_ASYNC": Feature.WP_ASYNC.since, "kernel faults": "4.3",
-}  # fmt: skip
-"""The first Linux release with it, on anonymous memory for what came to the others later."""
