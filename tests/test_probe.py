@@ -321,11 +321,12 @@ def test_options_follow_from_the_cases(results: list[suite.Expected]) -> None:
 def test_costs(found: Report) -> None:
     """A lack that is declared is counted, for each result that it concerns."""
     facts = dataclasses.replace(capable(found.findings).facts, swap_total=0, gup_test="CONFIG_GUP_TEST: ENOENT")
-    prospect = suite.prospect(facts, AREA)
+    prospect = suite.prospect(facts, AREA, {"GUP_TEST", "MEM_SOFT_DIRTY"})
     costs = {shortage.name: shortage.results for shortage in prospect.shortages}
     assert costs["gup-test"] == prospect.dependent["GUP_TEST"] > 0
     assert costs["swap"] == prospect.dependent["SWAP"] > 0
     assert costs["swap"] <= prospect.skipped < prospect.results
+    assert prospect.perhaps == prospect.dependent["MEM_SOFT_DIRTY"] > 0
 
 
 def test_fragment_has_what_skips_name() -> None:
@@ -444,7 +445,7 @@ sys.exit(command.main(as_json=False, area_bytes=1 << 20))
 
 
 def look_after(*preparations: Callable[[], None]) -> Report:
-    """Return what a process finds that was prepared with these functions; skips when they are not possible here."""
+    """Return what a process finds that was prepared with these functions."""
     answer, tell = os.pipe()
     child = os.fork()
     if child == 0:

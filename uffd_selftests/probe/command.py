@@ -42,4 +42,6 @@ def probe(area_bytes: int) -> Report:
     """Look at everything; the machine is as before afterwards."""
     repair()
     findings = look()
-    return Report(findings, judge(findings), examine(findings.facts), prospect(findings.facts, area_bytes))
+    configuration = examine(findings.facts)
+    lacking = {option.name for option in configuration.lacking}
+    return Report(findings, judge(findings), configuration, prospect(findings.facts, area_bytes, lacking))

@@ -57,9 +57,7 @@ class Report:
             "UFFDIO_ requests and features by memory type, each used once": self._matrix_lines(),
             "Memory": self._memory_lines(),
             f"Kernel options that the suite can use and this kernel lacks ({self._source})": self._option_lines(),
-            f"The suite here: {self.prospect.results} results, {self.prospect.skipped} of them skipped": (
-                self._shortage_lines()
-            ),
+            f"The suite here: {self._prospect}": self._shortage_lines(),
         }
         for title, lines in sections.items():
             body = list(lines)
@@ -158,6 +156,11 @@ class Report:
         if unknown := [f"CONFIG_{option.name}" for option in self.configuration.unknown]:
             yield from wrapped(f"cannot be told: {', '.join(unknown)}", 2)
 
+    @property
+    def _prospect(self) -> str:
+        more = f", and up to {self.prospect.perhaps} more for lack of kernel options" if self.prospect.perhaps else ""
+        return f"{self.prospect.results} results, {self.prospect.skipped} of them skipped{more}"
+
     def _shortage_lines(self) -> Iterator[str]:
         for shortage in self.prospect.shortages:
             yield from wrapped(f"{shortage.results:>5}  {shortage.name}: {shortage.reason}", 7)
@@ -237,6 +240,7 @@ class Report:
             "suite": {
                 "results": self.prospect.results,
                 "skipped": self.prospect.skipped,
+                "perhaps": self.prospect.perhaps,
                 "shortages": [dataclasses.asdict(shortage) for shortage in self.prospect.shortages],
             },
             "facts": facts.to_dict(),

@@ -9,7 +9,7 @@ import inspect
 import os
 import pkgutil
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -89,16 +89,18 @@ class Prospect:
 
     results: int
     skipped: int
-    """Results that something declared is missing for; a case may find more when it runs."""
+    """Results that something declared is missing for."""
+    perhaps: int
+    """Further results whose case may find, when it runs, that the kernel lacks an option."""
     shortages: tuple[Shortage, ...]
     """The most expensive first; a result that lacks two things counts in both."""
     dependent: dict[str, int]
     """Each kernel option with the number of results that depend on it."""
 
 
-def prospect(facts: Facts, area_bytes: int) -> Prospect:
-    """Return what a run with areas of this size would do on this machine."""
-    results, skipped = 0, 0
+def prospect(facts: Facts, area_bytes: int, lacking: Collection[str] = ()) -> Prospect:
+    """Return what a run with areas of this size would do on this machine, whose kernel lacks some options."""
+    results = skipped = perhaps = 0
     reasons: dict[str, str] = {}
     counts: dict[str, int] = {}
     dependent: dict[str, int] = {}
@@ -106,13 +108,14 @@ def prospect(facts: Facts, area_bytes: int) -> Prospect:
         results += 1
         lacks = list(dict.fromkeys(_lacks(each, facts, area_bytes)))
         skipped += bool(lacks)
+        perhaps += not lacks and not each.options.isdisjoint(lacking)
         for lack in lacks:
             reasons.setdefault(lack.name, lack.reason)
             counts[lack.name] = counts.get(lack.name, 0) + 1
         for option in each.options:
             dependent[option] = dependent.get(option, 0) + 1
     shortages = sorted((Shortage(name, reasons[name], count) for name, count in counts.items()), key=_price)
-    return Prospect(results, skipped, tuple(shortages), dependent)
+    return Prospect(results, skipped, perhaps, tuple(shortages), dependent)
 
 
 def _price(shortage: Shortage) -> tuple[int, str]:
