@@ -16,7 +16,7 @@ from uffd_selftests.harness.isolation import How, Isolator, Send
 from uffd_selftests.kernel import Facts, HugepagePool
 from uffd_selftests.mem_types import ALL, ANON, MemType
 from uffd_selftests.memory import AccessError, errno_name
-from uffd_selftests.probe.trials import BY_MEMORY, OF_HANDLE, Stage, Trial
+from uffd_selftests.probe.trials import BY_MEMORY, OF_HANDLE, QUESTIONS, Stage, Trial
 from uffd_selftests.uapi import UFFD_USER_MODE_ONLY, ApiIoctls, Feature
 
 HUGEPAGES_TAKEN = 4
@@ -51,7 +51,7 @@ class Outcome:
     errno: str | None = None
     """The errno's name, of what was refused."""
     detail: str = ""
-    """What was called and what came, if it does not work."""
+    """What was called and what came, if it does not work; the answer to a question."""
 
     @property
     def works(self) -> bool:
@@ -105,6 +105,8 @@ class Findings:
     handle: dict[str, Outcome]
     """What was tried of the features that do not depend on the memory."""
     columns: tuple[Column, ...]
+    behaviour: dict[str, Outcome]
+    """The answer to each question, by its key."""
     dontunmap: str | None
     """The errno with which mremap(2) refused MREMAP_DONTUNMAP of shared memory; None when it works (Linux 5.13)."""
     mthp: dict[int, tuple[str, str]]
@@ -122,7 +124,9 @@ def look() -> Findings:
         ioctls, features = _features(isolator, facts) if usable else (ApiIoctls(0), ())
         handle = {trial.name: _try(isolator, trial, ANON, facts) for trial in OF_HANDLE} if usable else {}
         columns = tuple(_columns(isolator, facts)) if usable else ()
-    return Findings(facts, ioctls, features, handle, columns, _dontunmap(), _mthp(), pools)
+        questions = QUESTIONS if usable else ()
+        behaviour = {question.key: _try(isolator, question.trial, ANON, facts) for question in questions}
+    return Findings(facts, ioctls, features, handle, columns, behaviour, _dontunmap(), _mthp(), pools)
 
 
 # ---- trials --------------------------------------------------------------------------------------------------------
@@ -146,14 +150,14 @@ def _attempt(trial: Trial, mem: MemType, flags: int, *, use: bool) -> Outcome:
                 offered = trial.ioctl in stage.offered
             if not use:
                 return Outcome(Answer.UNTESTED, offered)
-            trial.body(stage)
+            said = trial.body(stage)
     except Skip as reason:
         return Outcome(Answer.UNTESTED, offered, detail=str(reason))
     except OSError as error:
         return Outcome(Answer.REFUSED, offered, errno_name(error.errno or 0), str(error))
     except (AssertionError, AccessError, ValueError) as error:
         return Outcome(Answer.WRONG, offered, detail=str(error))
-    return Outcome(Answer.WORKS, offered)
+    return Outcome(Answer.WORKS, offered, detail=said if isinstance(said, str) else "")
 
 
 def _flags(facts: Facts, kernel_faults: bool) -> int:

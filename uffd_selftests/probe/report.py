@@ -18,7 +18,7 @@ from uffd_selftests.probe.config import Configuration
 from uffd_selftests.probe.consumers import Judgement
 from uffd_selftests.probe.findings import Answer, Column, FeatureFinding, Findings, Outcome
 from uffd_selftests.probe.suite import Prospect
-from uffd_selftests.probe.trials import BY_MEMORY
+from uffd_selftests.probe.trials import BY_MEMORY, QUESTIONS
 
 FORMAT = 1
 """Raised when a key of the JSON changes its meaning or goes away; new keys leave it alone."""
@@ -49,12 +49,13 @@ class Report:
         kernel = f"Linux {facts.release} {facts.machine}, pages of {size(facts.page_size)}"
         yield from wrapped(f"{kernel}: " + (f"no userfaultfd: {nothing}" if nothing else "userfaultfd works"), 2)
         sections = {
-            "Who gets what is needed": self._verdict_lines(),
+            "Who gets what they need": self._verdict_lines(),
             "Ways to a userfaultfd": self._access_lines(),
             "UFFD_FEATURE_ bits, each enabled on a descriptor of its own, with the Linux release that brought it": (
                 two_columns([self._feature_line(feature) for feature in self.findings.features])
             ),
             "UFFDIO_ requests and features by memory type, each used once": self._matrix_lines(),
+            "What differs between kernels, asked of this one": self._behaviour_lines(),
             "Memory": self._memory_lines(),
             f"Kernel options that the suite can use and this kernel lacks ({self._source})": self._option_lines(),
             f"The suite here: {self._prospect}": self._shortage_lines(),
@@ -118,6 +119,12 @@ class Report:
             for name, outcome in column.outcomes.items():
                 if outcome.answer in (Answer.WRONG, Answer.HANGS, Answer.CRASHES):
                     yield from wrapped(f"{name} on {column.name}: {outcome.detail}", 2)
+
+    def _behaviour_lines(self) -> Iterator[str]:
+        for question in QUESTIONS:
+            if outcome := self.findings.behaviour.get(question.key):
+                said = outcome.detail if outcome.works else outcome.errno or f"{outcome.answer.value}: {outcome.detail}"
+                yield f"{question.text:<60}{said}"
 
     def _memory_lines(self) -> Iterator[str]:
         facts = self.findings.facts
@@ -216,6 +223,11 @@ class Report:
                     "tried": {name: plain(outcome) for name, outcome in column.outcomes.items()},
                 }
                 for column in findings.columns
+            ],
+            "behaviour": [
+                {"key": each.key, "question": each.text, **plain(findings.behaviour[each.key])}
+                for each in QUESTIONS
+                if each.key in findings.behaviour
             ],
             "transparent_hugepage_sizes": [
                 {"bytes": bytes_, "enabled": anon or None, "shmem_enabled": shmem or None}
