@@ -15,6 +15,7 @@ from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
     MISSING,
     WP,
+    WRITEPROTECT,
     Action,
     Context,
     Fault,
@@ -35,7 +36,19 @@ from uffd_selftests.common import (
     small_area,
     swap_out,
 )
-from uffd_selftests.mem_types import ALL, ANON, HUGETLB, HUGETLB_PRIVATE, SHMEM, SHMEM_PRIVATE, Area, pmd_size
+from uffd_selftests.mem_types import (
+    ALL,
+    ANON,
+    FILE_BACKED,
+    HUGETLB,
+    HUGETLB_PRIVATE,
+    PRIVATE,
+    SHARED,
+    SHMEM,
+    SHMEM_PRIVATE,
+    Area,
+    pmd_size,
+)
 from uffd_selftests.memory import (
     MAP_SHARED,
     PAGE_SIZE,
@@ -60,11 +73,6 @@ from uffd_selftests.memory import (
 from uffd_selftests.processes import Channel, Child, Waiter, faulting, undisturbed, unread_event
 from uffd_selftests.uapi import CopyMode, Feature, PagefaultFlag, WriteprotectMode
 
-FILE_BACKED = (SHMEM, SHMEM_PRIVATE, HUGETLB, HUGETLB_PRIVATE)
-SHARED = (SHMEM, HUGETLB)
-PRIVATE = (ANON, SHMEM_PRIVATE, HUGETLB_PRIVATE)
-
-WRITEPROTECT = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
 SEVERAL_MAPPINGS = WRITEPROTECT | Feature.WP_UNPOPULATED
 """Since the release that brought this feature the range of one call may span several mappings (mwriteprotect_range)."""
 TRAPPED = PagefaultFlag.WRITE | PagefaultFlag.WP
