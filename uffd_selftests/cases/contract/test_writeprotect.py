@@ -62,6 +62,7 @@ from uffd_selftests.memory import (
     advise,
     map_memory,
     peek,
+    pmd_mapped,
     poke,
     protect,
     remap,
@@ -1019,6 +1020,27 @@ def test_writeprotect_thp_whole(ctx: Context) -> None:
     expect_free(ctx.uffd, area, 0, 8, area.nr_pages - 1)
     area.expect_pattern_of(area, 0, 7)
     area.expect_pattern_of(area, 8)
+
+
+@uffd_case(
+    "writeprotect-thp-mprotect",
+    mem=(ANON,),
+    features=WRITEPROTECT,
+    needs=("thp",),
+    pages=1,
+    rows=("WP-20", "WP-25"),
+    kind=Kind.DETAIL,
+)
+def test_writeprotect_thp_mprotect(ctx: Context) -> None:
+    """A huge page that mprotect(2) makes read-only and writable again is protected as it was."""
+    area = huge_area(ctx)
+    ctx.uffd.register(area.range, WP)
+    ctx.uffd.writeprotect(area.range)
+    protect(area.range, PROT_READ)
+    protect(area.range, PROT_READ | PROT_WRITE)
+    expect(pmd_mapped(area.range), area.range.len, "bytes mapped by a huge page")
+    Pagemap.expect_protected(area, range(area.nr_pages), "after mprotect back")
+    expect_trapped(ctx.uffd, area, 7, 0)
 
 
 @uffd_case(
