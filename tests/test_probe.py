@@ -322,6 +322,7 @@ def test_results_are_those_of_a_run(results: list[suite.Expected]) -> None:
 def test_options_follow_from_the_cases(results: list[suite.Expected]) -> None:
     """From what a case declares, and from what the code names that it runs."""
     assert names(results, "GUP_TEST") == {each.case.name for each in results if "gup_test" in each.case.needs}
+    assert set(suite.OPTIONS_OF_NEED) <= set(kernel.REQUIREMENTS)
     assert names(results, "MEM_SOFT_DIRTY") == {"copy-soft-dirty", "move-soft-dirty"}
     assert names(results, "HWPOISON_INJECT") == {"continue-hardware-poison"}
     assert names(results, "USERFAULTFD") == {each.case.name for each in results}
@@ -496,6 +497,19 @@ def test_ordinary_user(results: list[suite.Expected]) -> None:
     text = found.text()
     assert "\n  EVENT_FORK          4.11   EPERM" in text
     assert "\n  userfaultfd(2)                        shut\n" in text
+
+
+def test_broken_kernel_is_shown(found: Report) -> None:
+    """The table marks what is broken, and a line below says how."""
+    capable_here = capable(found.findings)
+    broken = Outcome(Answer.HANGS, detail="task 7: handle_userfault")
+    seen = failing(capable_here, "shmem", "COPY", broken)
+    seen = dataclasses.replace(seen, handle={**seen.handle, "EVENT_FORK": Outcome(Answer.WRONG, detail="no message")})
+    text = dataclasses.replace(found, findings=seen, judgements=judge(seen)).text()
+    assert "  COPY            4.3    yes      HANGS    yes " in text
+    assert "\n  COPY on shmem: hangs: task 7: handle_userfault\n" in text
+    assert "\n  EVENT_FORK: wrong: no message\n" in text
+    assert verdicts(seen)["qemu-postcopy-shared"].reasons == ("COPY on shmem: hangs",)
 
 
 @needs_root

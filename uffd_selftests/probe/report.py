@@ -25,6 +25,7 @@ FORMAT = 1
 
 WIDTH = 110
 NAME, CELL = 38, 9
+CAPABILITIES = ("CAP_SYS_PTRACE", "CAP_SYS_ADMIN")
 SECCOMP_MODES = ("none", "strict", "filter")
 
 
@@ -52,7 +53,7 @@ class Report:
             "Who gets what they need": self._verdict_lines(),
             "Ways to a userfaultfd": self._access_lines(),
             "UFFD_FEATURE_ bits, each enabled on a descriptor of its own, with the Linux release that brought it": (
-                two_columns([self._feature_line(feature) for feature in self.findings.features])
+                self._feature_lines()
             ),
             "UFFDIO_ requests and features by memory type, each used once": self._matrix_lines(),
             "What differs between kernels, asked of this one": self._behaviour_lines(),
@@ -82,10 +83,13 @@ class Report:
                 yield from wrapped(f"    {door.reason or door.refused}", 6)
         sysctl = "not there" if facts.unprivileged_userfaultfd is None else str(facts.unprivileged_userfaultfd)
         seccomp = SECCOMP_MODES[facts.seccomp] if facts.seccomp < len(SECCOMP_MODES) else str(facts.seccomp)
-        yield (
-            f"{SYSCTL}: {sysctl}; uid {facts.euid}; CAP_SYS_PTRACE: {yes('CAP_SYS_PTRACE' in facts.capabilities)}; "
-            f"seccomp: {seccomp}; user namespace: {'its own' if facts.user_namespace else 'the first'}"
-        )
+        own = ", in its own user namespace alone" if facts.user_namespace else ""
+        held = "; ".join(f"{name}: {yes(name in facts.capabilities)}" for name in CAPABILITIES)
+        yield f"{SYSCTL}: {sysctl}; uid {facts.euid}; {held}{own}; seccomp: {seccomp}"
+
+    def _feature_lines(self) -> Iterator[str]:
+        yield from two_columns([self._feature_line(feature) for feature in self.findings.features])
+        yield from trouble(self.findings.handle)
 
     def _feature_line(self, feature: FeatureFinding) -> str:
         return f"{feature.name:<20}{feature.since or '?':<7}{self._feature_state(feature)}"
@@ -116,14 +120,12 @@ class Report:
         for note in dict.fromkeys(column.note for column in columns if column.note):
             yield from wrapped(note, 2)
         for column in columns:
-            for name, outcome in column.outcomes.items():
-                if outcome.answer in (Answer.WRONG, Answer.HANGS, Answer.CRASHES):
-                    yield from wrapped(f"{name} on {column.name}: {outcome.detail}", 2)
+            yield from trouble(column.outcomes, f" on {column.name}")
 
     def _behaviour_lines(self) -> Iterator[str]:
         for question in QUESTIONS:
             if outcome := self.findings.behaviour.get(question.key):
-                said = outcome.detail if outcome.works else outcome.errno or f"{outcome.answer.value}: {outcome.detail}"
+                said = outcome.detail if outcome.works else f"cannot be asked: {outcome.errno or outcome.detail}"
                 yield f"{question.text:<60}{said}"
 
     def _memory_lines(self) -> Iterator[str]:
@@ -273,6 +275,13 @@ def cell(outcome: Outcome) -> str:
             return "?" if outcome.offered is None else "(yes)" if outcome.offered else "-"
         case _:
             return str(outcome.answer.value).upper()
+
+
+def trouble(outcomes: dict[str, Outcome], where: str = "") -> Iterator[str]:
+    """Say what went wrong in trials that no kernel should fail."""
+    for name, outcome in outcomes.items():
+        if outcome.answer in (Answer.WRONG, Answer.HANGS, Answer.CRASHES):
+            yield from wrapped(f"{name}{where}: {outcome.answer.value}: {outcome.detail}", 2)
 
 
 def heading(column: Column) -> tuple[str, str, str]:
