@@ -4,25 +4,23 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import os
-import pkgutil
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-from uffd_selftests import cases
-from uffd_selftests.case import ATTRIBUTE, Case
+from uffd_selftests.case import Case
+from uffd_selftests.contract import functions
 from uffd_selftests.harness.gating import HUGEPAGES, Missing, hugepages_needed, missing
 from uffd_selftests.kernel import Facts, lack_of_hugepages
 from uffd_selftests.machine import HUGEPAGES as POOLS
 from uffd_selftests.mem_types import Backing, MemType
 from uffd_selftests.uapi import Feature
 
-PACKAGE = cases.__name__.partition(".")[0]
+PACKAGE = __name__.partition(".")[0]
 OPTION = re.compile(r"\bCONFIG_([A-Z0-9_]+)")
 
 MARKERS = Feature.WP_HUGETLBFS_SHMEM | Feature.WP_UNPOPULATED | Feature.WP_ASYNC
@@ -64,13 +62,10 @@ class Expected:
 
 
 def expected() -> Iterator[Expected]:
-    """Return every result, in no particular order; imports all cases."""
-    for module in pkgutil.walk_packages(cases.__path__, f"{cases.__name__}."):
-        for function in vars(importlib.import_module(module.name)).values():
-            case = getattr(function, ATTRIBUTE, None)
-            if isinstance(case, Case) and function.__module__ == module.name:
-                for _ in case.variants or ("",):
-                    yield from (Expected(case, function, mem) for mem in case.mem or (None,))
+    """Yield every result; imports all cases."""
+    for case, function in functions():
+        for _ in case.variants or ("",):
+            yield from (Expected(case, function, mem) for mem in case.mem or (None,))
 
 
 @dataclass(frozen=True)
