@@ -62,6 +62,7 @@ from uffd_selftests.memory import (
     user_space_end,
 )
 from uffd_selftests.processes import Channel, Child, Waiter, faulting, orphaned, undisturbed, unread_event
+from uffd_selftests.sysv import SHM_HUGETLB, sysv_segment
 from uffd_selftests.uapi import Feature, PagefaultFlag, RangeIoctls, RegisterMode
 
 NOT_HUGETLB = (ANON, SHMEM, SHMEM_PRIVATE)
@@ -520,24 +521,6 @@ def test_register_droppable() -> None:
 
 
 # ---- System V shared memory ----------------------------------------------------------------------------------------
-
-IPC_CREAT, IPC_RMID, SHM_HUGETLB = 0o1000, 0, 0o4000
-
-
-@contextmanager
-def sysv_segment(length: int, flags: int = 0) -> Iterator[Range]:
-    """Attach a new System V shared memory segment; Skip where there can be none."""
-    try:
-        key = syscalls.call("shmget", 0, length, IPC_CREAT | 0o600 | flags)
-    except KernelError as error:
-        raise Skip(f"{error}: needs CONFIG_SYSVIPC, room in kernel.shmall, and for huge pages CAP_IPC_LOCK") from None
-    try:
-        start = syscalls.call("shmat", key, 0, 0)
-    finally:
-        syscalls.call("shmctl", key, IPC_RMID, 0)
-    yield Range(start, length)
-    syscalls.call("shmdt", start)
-
 
 SYSV = Defect(
     id="D-REG-12",

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""uffd-wp-mremap: without UFFD_FEATURE_EVENT_REMAP mremap(2) takes the protection off, whatever the pages are.
+
+The base page, the default huge page and the transparent huge page of a PMD are moved by writeprotect-mremap and
+writeprotect-mremap-tables.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+from uffd_selftests import uapi
+from uffd_selftests.case import Kind, uffd_case
+from uffd_selftests.common import UNREGISTERED, WP, Context, Pagemap, Skip, Uffd, expect, expect_modes, swap_out
+from uffd_selftests.kernel import THP
+from uffd_selftests.machine import Sysctl, hugepage_sizes, lack_of_hugepages
+from uffd_selftests.mem_types import ANON, SHMEM, SHMEM_PRIVATE, Area, MemType, default_hugepage_size, pmd_size
+from uffd_selftests.memory import (
+    MAP_NORESERVE,
+    MAP_PRIVATE,
+    MAP_SHARED,
+    PAGE_SIZE,
+    Advice,
+    Range,
+    advise,
+    mapped,
+    peek,
+    poke,
+    remap,
+    touch,
+)
+from uffd_selftests.processes import undisturbed
+from uffd_selftests.uapi import Feature
+
+WRITEPROTECT = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
+
+
+def move(ctx: Context, area: Area) -> None:
+    """Move a wholly protected area with mremap(2): nothing of the protection must be left, nothing of the contents lost."""
+    place = ctx.allocate(area.nr_pages)
+    Pagemap.expect_protected(area, range(area.nr_pages), "before mremap")
+    remap(area.range, to=place.start)
+    Pagemap.expect_protected(place, (), "after mremap")
+    expect_modes(place.range, UNREGISTERED)
+    undisturbed(ctx.uffd, partial(touch, place.range, PAGE_SIZE, write=True))
+    place.expect_pattern_of(area)
+
+
+def protect_all(ctx: Context, area: Area) -> None:
+    """Register an area for write protection, and protect it."""
+    ctx.uffd.register(area.range, WP)
+    ctx.uffd.writeprotect(area.range)
+
+
+@uffd_case(
+    "wp-mremap-swapped",
+    mem=(ANON, SHMEM, SHMEM_PRIVATE),
+    features=WRITEPROTECT,
+    needs=("swap", "pagemap"),
+    pages=3,
+    rows=("WP-27",),
+    kind=Kind.DETAIL,
+)
+def test_wp_mremap_swapped(ctx: Context) -> None:
+    """Pages that are swapped out lose their protection when mremap(2) moves them, and nothing else."""
+    ctx.dst.fill()
+    protect_all(ctx, ctx.dst)
+    swap_out(ctx.dst.range)
+    move(ctx, ctx.dst)
+
+
+# ---- transparent huge pages ----------------------------------------------------------------------------------------
+
+
+def settings(mem: MemType) -> dict[int, Path]:
+    """Return the sizes in bytes of the transparent huge pages that the kernel has, and where each is switched on.
+
+    A kernel without a setting for each size (before Linux 6.8, of shared memory 6.11) has that of a PMD alone.
+    """
+    name = "shmem_enabled" if mem.shared else "enabled"
+    found = {}
+    for path in THP.glob(f"hugepages-*kB/{name}"):
+        found[int(path.parent.name.removeprefix("hugepages-").removesuffix("kB")) << 10] = path
+    if not found and pmd_size():
+        found[pmd_size()] = THP / name
+    return found
+
+
+def sizes(mem: MemType) -> tuple[str, ...]:
+    """Return the variants of a case that runs with each size of transparent huge page, smallest first."""
+    return tuple(f"{size >> 10} kB" for size in sorted(settings(mem))) or ("no size",)
+
+
+def bytes_of(variant: str) -> int:
+    """Return the size that a variant stands for."""
+    return int(variant.partition(" ")[0]) << 10
+
+
+def one_folio(ctx: Context, variant: str) -> Area:
+    """Map an area that one transparent huge page of this size fills, written to the last byte; Skip without one.
+
+    That it is one shows when the first write makes every page present.
+    """
+    size = bytes_of(variant)
+    path = settings(ctx.mem)[size]
+    value = "advise" if ctx.mem.shared else "madvise"
+    area = ctx.allocate(size // PAGE_SIZE)
+    advise(area.range, Advice.HUGEPAGE)
+    with ExitStack() as stack:
+        with suppress(OSError):  # without the privilege: what is there
+            stack.enter_context(Sysctl(path, value))
+        poke(area.start, b"\1")
+    if not all(entry & uapi.PM_PRESENT for entry in Pagemap.entries(area.range)):
+        remedy = f"run as root, or echo {value} > {path}" if os.geteuid() else "echo 1 > /proc/sys/vm/compact_memory"
+        raise Skip(f"no transparent huge page of {variant} to be had: {remedy}")
+    area.fill()
+    return area
+
+
+@uffd_case(
+    "wp-mremap-thp",
+    mem=(ANON,),
+    variants=sizes(ANON),
+    features=WRITEPROTECT,
+    needs=("thp", "pagemap"),
+    pages=1,
+    rows=("WP-27",),
+    kind=Kind.DETAIL,
+)
+def test_wp_mremap_thp(ctx: Context, variant: str) -> None:
+    """A transparent huge page of any size loses its protection when mremap(2) moves it, and nothing else."""
+    area = one_folio(ctx, variant)
+    protect_all(ctx, area)
+    move(ctx, area)
+
+
+@uffd_case(
+    "wp-mremap-thp-shared",
+    mem=(SHMEM,),
+    variants=sizes(SHMEM),
+    features=WRITEPROTECT,
+    needs=("thp", "pagemap"),
+    pages=1,
+    rows=("WP-27",),
+    kind=Kind.DETAIL,
+)
+def test_wp_mremap_thp_shared(ctx: Context, variant: str) -> None:
+    """A transparent huge page of shared memory, of any size, loses its protection when mremap(2) moves it."""
+    area = one_folio(ctx, variant)
+    protect_all(ctx, area)
+    move(ctx, area)
+
+
+@uffd_case(
+    "wp-mremap-thp-swapped",
+    mem=(ANON,),
+    variants=sizes(ANON),
+    features=WRITEPROTECT,
+    needs=("thp", "swap", "pagemap"),
+    pages=1,
+    rows=("WP-27",),
+    kind=Kind.DETAIL,
+)
+def test_wp_mremap_thp_swapped(ctx: Context, variant: str) -> None:
+    """A transparent huge page of any size, swapped out, loses its protection when mremap(2) moves it."""
+    area = one_folio(ctx, variant)
+    protect_all(ctx, area)
+    swap_out(area.range)
+    move(ctx, area)
+
+
+@uffd_case(
+    "wp-mremap-thp-shared-swapped",
+    mem=(SHMEM,),
+    variants=sizes(SHMEM),
+    features=WRITEPROTECT,
+    needs=("thp", "swap", "pagemap"),
+    pages=1,
+    rows=("WP-27",),
+    kind=Kind.DETAIL,
+)
+def test_wp_mremap_thp_shared_swapped(ctx: Context, variant: str) -> None:
+    """A transparent huge page of shared memory, of any size and swapped out, loses its protection likewise."""
+    area = one_folio(ctx, variant)
+    protect_all(ctx, area)
+    swap_out(area.range)
+    move(ctx, area)
+
+
+# ---- huge pages of other sizes -------------------------------------------------------------------------------------
+
+MFD_HUGE_SHIFT = 26
+ONE_SIZE = "no other size"
+SHARINGS = {"shared": MAP_SHARED, "private": MAP_PRIVATE}
+
+
+def other_hugepages() -> tuple[str, ...]:
+    """Return the variants of a case that runs with huge pages of each size but the default one."""
+    others = [size for size in hugepage_sizes() if size != default_hugepage_size()]
+    return tuple(f"{size >> 10} kB, {sharing}" for size in others for sharing in SHARINGS) or (ONE_SIZE,)
+
+
+@contextmanager
+def hugepage_file(size: int) -> Iterator[int]:
+    """Yield a file of one huge page; Skip unless the pool has one to spare: making some can take minutes."""
+    if reason := lack_of_hugepages(size, 1):
+        raise Skip(reason)
+    fd = os.memfd_create("uffd-huge", os.MFD_CLOEXEC | os.MFD_HUGETLB | (size.bit_length() - 1) << MFD_HUGE_SHIFT)
+    try:
+        os.ftruncate(fd, size)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def protected_in(where: Range) -> int:
+    """Return how many base pages of a range are marked as protected."""
+    return sum(bool(entry & uapi.PM_UFFD_WP) for entry in Pagemap.entries(where))
+
+
+@uffd_case(
+    "wp-mremap-hugetlb",
+    variants=other_hugepages(),
+    features=WRITEPROTECT,
+    needs=("hugetlb", "pagemap"),
+    rows=("WP-27",),
+    kind=Kind.DETAIL,
+)
+def test_wp_mremap_hugetlb(variant: str) -> None:
+    """A huge page of another size than the default loses its protection when mremap(2) moves it, and nothing else."""
+    if variant == ONE_SIZE:
+        raise Skip("the kernel has huge pages of one size only")
+    size, flags = bytes_of(variant), SHARINGS[variant.rpartition(" ")[2]]
+    marks = {offset: bytes([number + 1]) for number, offset in enumerate((0, size // 2 + 7, size - 1))}
+    with (
+        hugepage_file(size) as fd,
+        mapped(size, flags=flags, fd=fd) as old,
+        mapped(size, flags=flags | MAP_NORESERVE, fd=fd) as new,
+        Uffd.open(WRITEPROTECT) as uffd,
+    ):
+        for offset, mark in marks.items():
+            poke(old.start + offset, mark)
+        uffd.register(old, WP)
+        uffd.writeprotect(old)
+        expect(protected_in(old), size // PAGE_SIZE, "base pages marked as protected before mremap")
+        remap(old, to=new.start)
+        expect(protected_in(new), 0, "base pages marked as protected after mremap")
+        expect_modes(new, UNREGISTERED)
+        undisturbed(uffd, partial(touch, new, size, write=True))
+        expect({offset: peek(new.start + offset) for offset in marks}, marks, "bytes by offset")
