@@ -40,7 +40,7 @@ WRITEPROTECT = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
 
 
 def move(ctx: Context, area: Area) -> None:
-    """Move a wholly protected area with mremap(2): nothing of the protection must be left, nothing of the contents lost."""
+    """Move a wholly protected area with mremap(2), and assert that it keeps its contents and none of the protection."""
     place = ctx.allocate(area.nr_pages)
     Pagemap.expect_protected(area, range(area.nr_pages), "before mremap")
     remap(area.range, to=place.start)
