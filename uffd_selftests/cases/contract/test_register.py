@@ -36,6 +36,7 @@ from uffd_selftests.common import (
     refuses,
 )
 from uffd_selftests.files import plain_file
+from uffd_selftests.hugetlb import shared_page_table
 from uffd_selftests.mem_types import ALL, ANON, HUGETLB, HUGETLB_PRIVATE, SHMEM, SHMEM_PRIVATE
 from uffd_selftests.memory import (
     MAP_ANONYMOUS,
@@ -761,30 +762,10 @@ def test_register_hugetlb_hole(ctx: Context) -> None:
     expect_modes(ctx.dst.range, UNREGISTERED)
 
 
-@contextmanager
-def shared_page_table(ctx: Context) -> Iterator[tuple[Range, Range]]:
-    """Map a file of huge pages twice so that both mappings use one page table, where the architecture does that.
-
-    Two huge pages of the file get used.
-    """
-    length = ctx.page_size * (PAGE_SIZE // 8)  # what one page table full of huge pages maps
-    fd = os.memfd_create("uffd-pmd", os.MFD_CLOEXEC | os.MFD_HUGETLB)
-    os.ftruncate(fd, length)
-    place = new_mapping(4 * length, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, prot=PROT_NONE)
-    first = -(-place.start // length) * length
-    flags = MAP_SHARED | MAP_NORESERVE | MAP_FIXED
-    one, other = (new_mapping(length, flags, fd=fd, at=at) for at in (first, first + length))
-    poke(one.start, b"\1")
-    expect(peek(other.start), b"\1", "a byte written through the first mapping")
-    yield one, other
-    unmap(place)
-    os.close(fd)
-
-
 @uffd_case("register-wp-unshares", mem=(HUGETLB,), features=WRITEPROTECT, pages=1, rows=("REG-21",), kind=Kind.DETAIL)
 def test_register_wp_unshares(ctx: Context) -> None:
     """Protection of huge pages does not reach another mapping that has shared the page table until then."""
-    with shared_page_table(ctx) as (one, other):
+    with shared_page_table(ctx.page_size) as (one, other):
         ctx.uffd.register(one, WP)
         ctx.uffd.writeprotect(Range(one.start, ctx.page_size))
         Pagemap.expect_uffd_wp(other.start, False, "in the mapping that is not registered")
@@ -797,7 +778,7 @@ def test_register_wp_unshares(ctx: Context) -> None:
 )
 def test_register_minor_unshares(ctx: Context) -> None:
     """A minor fault comes although another mapping, which has shared the page table until then, maps the page."""
-    with shared_page_table(ctx) as (one, other):
+    with shared_page_table(ctx.page_size) as (one, other):
         ctx.uffd.register(one, MINOR)
         poke(other.start + ctx.page_size, b"\2")
         page = Range(one.start + ctx.page_size, ctx.page_size)

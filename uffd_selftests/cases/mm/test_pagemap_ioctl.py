@@ -397,7 +397,7 @@ def test_pagemap_sanity_file() -> None:
 def test_pagemap_simple(ctx: Context) -> None:
     """A page can be protected, written and protected again any number of times, and its neighbours stay as they are."""
     area = tracked(ctx)
-    for number in range(100):
+    for number in range(50):
         with promise("AS-04", f"time {number}"):
             expect_written(area, (), "pages written, protected")
             touch(area.page(1), area.page_size, write=True)

@@ -8,16 +8,16 @@ writeprotect-mremap-tables.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
 from uffd_selftests import uapi
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import UNREGISTERED, WP, Context, Pagemap, Skip, Uffd, expect, expect_modes, swap_out
+from uffd_selftests.hugetlb import hugepage_file
 from uffd_selftests.kernel import THP
-from uffd_selftests.machine import Sysctl, hugepage_sizes, lack_of_hugepages
+from uffd_selftests.machine import Sysctl, hugepage_sizes
 from uffd_selftests.mem_types import ANON, SHMEM, SHMEM_PRIVATE, Area, MemType, default_hugepage_size, pmd_size
 from uffd_selftests.memory import (
     MAP_NORESERVE,
@@ -193,7 +193,6 @@ def test_wp_mremap_thp_shared_swapped(ctx: Context, variant: str) -> None:
 
 # ---- huge pages of other sizes -------------------------------------------------------------------------------------
 
-MFD_HUGE_SHIFT = 26
 ONE_SIZE = "no other size"
 SHARINGS = {"shared": MAP_SHARED, "private": MAP_PRIVATE}
 
@@ -202,19 +201,6 @@ def other_hugepages() -> tuple[str, ...]:
     """Return the variants of a case that runs with huge pages of each size but the default one."""
     others = [size for size in hugepage_sizes() if size != default_hugepage_size()]
     return tuple(f"{size >> 10} kB, {sharing}" for size in others for sharing in SHARINGS) or (ONE_SIZE,)
-
-
-@contextmanager
-def hugepage_file(size: int) -> Iterator[int]:
-    """Yield a file of one huge page; Skip unless the pool has one to spare: making some can take minutes."""
-    if reason := lack_of_hugepages(size, 1):
-        raise Skip(reason)
-    fd = os.memfd_create("uffd-huge", os.MFD_CLOEXEC | os.MFD_HUGETLB | (size.bit_length() - 1) << MFD_HUGE_SHIFT)
-    try:
-        os.ftruncate(fd, size)
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def protected_in(where: Range) -> int:
