@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from uffd_selftests.common import WP, Context, Pagemap, Region, Scan, Uffd, expect
+from uffd_selftests.common import WP, Context, Pagemap, Region, Scan, Uffd
 from uffd_selftests.mem_types import Area
 from uffd_selftests.memory import Range, touch
 from uffd_selftests.processes import undisturbed
@@ -26,6 +26,9 @@ CHECK = PmScanFlag.CHECK_WPASYNC
 WP_MATCHING = PmScanFlag.WP_MATCHING
 RESTART = WP_MATCHING | CHECK
 """Report what was written, and protect it again in the same step."""
+
+SHOWN = 12
+"""How many regions a message names."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,30 @@ def regions(area: Area | Pages, pages: Iterable[int], categories: PageCategory =
     return found
 
 
+def expect_scan(area: Area | Pages, found: Scan, expected: Scan, what: str) -> None:
+    """Assert what PAGEMAP_SCAN has found in an area; a failure tells it in pages of the area."""
+    if found != expected:
+        raise AssertionError(f"{what}: expected {_in_pages(area, expected)}; got {_in_pages(area, found)}")
+
+
+def _in_pages(area: Area | Pages, scan: Scan) -> str:
+    """Say what was found where: ``1-3 PAGE_IS_WRITTEN, up to page 6``."""
+
+    def number(address: int) -> str:
+        page, rest = divmod(address - area.range.start, area.page_size)
+        return f"{page}+{rest:#x}" if rest else str(page)
+
+    def name(region: Region) -> str:
+        first, last = number(region.start), number(region.end - area.page_size)
+        return f"{first if first == last else f'{first}-{last}'} {region.categories}"
+
+    some = [name(region) for region in scan.regions[:SHOWN]]
+    if len(scan.regions) > SHOWN:
+        some.append(f"{len(scan.regions) - SHOWN} more")
+    return f"{', '.join(some) or 'none'}, up to page {number(scan.walk_end)}"
+
+
 def expect_written(area: Area | Pages, pages: Iterable[int], when: str, flags: PmScanFlag = CHECK) -> None:
     """Assert that PAGEMAP_SCAN reports exactly these pages of the area as written, and looks at the whole."""
     found = Pagemap.scan(area.range, WRITTEN, flags=flags, room=max(64, area.nr_pages))
-    expect(found, Scan(regions(area, pages), area.range.end), when)
+    expect_scan(area, found, Scan(regions(area, pages), area.range.end), when)

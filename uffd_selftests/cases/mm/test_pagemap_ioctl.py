@@ -55,6 +55,7 @@ from uffd_selftests.tracking import (
     WPALLOWED,
     WRITTEN,
     Pages,
+    expect_scan,
     expect_written,
     regions,
     tracked,
@@ -111,7 +112,8 @@ def check_base(uffd: Uffd, pages: Pages) -> None:
     expect_written(pages, {middle}, "pages written, after a write to the middle", flags=RESTART)
     write_each(uffd, pages, middle, 2)
     two = pages.page(middle, 2)
-    expect(Pagemap.scan(two, WRITTEN), Scan(regions(pages, (middle, middle + 1)), two.end), "of two, pages written")
+    wanted = Scan(regions(pages, (middle, middle + 1)), two.end)
+    expect_scan(pages, Pagemap.scan(two, WRITTEN), wanted, "pages written, of the two in the middle")
 
 
 @contextmanager
@@ -230,14 +232,16 @@ def test_pagemap_hpage(ctx: Context, variant: str) -> None:
         Pagemap.scan(area.page(0, half), WRITTEN, flags=RESTART, room=0)
         expect_written(area, range(half, count), "pages written, after protecting the first half")
         found = Pagemap.scan(area.page(half, half), WRITTEN, flags=RESTART, max_pages=half)
-        expect(found, Scan(regions(area, range(half, count)), area.range.end), "pages written in the second half")
+        wanted = Scan(regions(area, range(half, count)), area.range.end)
+        expect_scan(area, found, wanted, "pages written in the second half")
         expect_written(area, (), "pages written, after protecting that too")
     with promise("AS-07", "half a huge page, then one more"):
         area, protected = written_area(), 0
         for limit in (half_page, 2 * half_page):
             found = Pagemap.scan(area.range, WRITTEN, flags=RESTART, room=1, max_pages=limit)
             part = range(protected, protected + limit)
-            expect(found, Scan(regions(area, part), area.page(part.stop).start), f"pages written, {limit} at most")
+            wanted = Scan(regions(area, part), area.page(part.stop).start)
+            expect_scan(area, found, wanted, f"pages written, {limit} at most")
             protected = part.stop
             expect_written(area, range(protected, count), "pages written, after that")
     undisturbed(ctx.uffd, lambda: area.expect_pattern_of(area))
@@ -290,11 +294,11 @@ def test_pagemap_walk_end(ctx: Context) -> None:
             stop = area.start + walk.stop * PAGE_SIZE
             cut = [region._replace(end=min(region.end, stop)) for region in written[: walk.regions]]
             with promise("AS-07", f"every page of {step} written, room {walk.room}, max_pages {walk.max_pages}"):
-                expect(found, Scan(cut, stop), "what the scan found")
+                expect_scan(area, found, Scan(cut, stop), "what the scan found")
     for room, flags in product((0, 1), (NO_FLAGS, CHECK, RESTART)):
         found = Pagemap.scan(area.page(0, 0), WRITTEN, room=room, flags=flags)
         with promise("AS-09", f"no page, room {room}, {flags}"):
-            expect(found, Scan([], area.start), "what the scan found")
+            expect_scan(area, found, Scan([], area.start), "what the scan found")
 
 
 @uffd_case("pagemap-smaller-vec", mem=SMALL, features=ASYNC, needs=SCAN, pages=1200, rows=("AS-07",))
@@ -317,7 +321,7 @@ def test_pagemap_smaller_vec(ctx: Context) -> None:
                 expect(pages <= (limit or pages), True, f"{pages} pages reported, {limit} at most")
                 found += part.regions
                 at = part.walk_end
-            expect(joined(found), regions(area, written), "pages written")
+            expect_scan(area, Scan(joined(found), at), Scan(regions(area, written), area.range.end), "pages written")
             expect_written(area, (), "pages written, after that")
     ctx.uffd.expect_no_message()
 
@@ -363,9 +367,8 @@ def test_pagemap_sanity(ctx: Context) -> None:
                 if chosen(categories ^ inverted, required, anyof)
             ]
             found = Pagemap.scan(area.range, required, anyof=anyof, inverted=inverted, returned=returned)
-            if found != Scan(joined(wanted), area.range.end):
-                masks_text = f"category_mask {required}, anyof {anyof}, inverted {inverted}, return_mask {returned}"
-                raise AssertionError(f"{masks_text}: expected {joined(wanted)}, got {found}")
+            what = f"category_mask {required}, anyof {anyof}, inverted {inverted}, return_mask {returned}"
+            expect_scan(area, found, Scan(joined(wanted), area.range.end), what)
 
 
 @uffd_case("pagemap-sanity-file", features=ASYNC, needs=SCAN, rows=("AS-03", "AS-12"), kind=Kind.DETAIL)
@@ -456,7 +459,7 @@ def test_pagemap_userfaultfd(ctx: Context) -> None:
         protect(area.page(2 * piece, 2), prot)
     for where in (area.page(1, 12), area.range):
         found = Pagemap.scan(where, WRITTEN, flags=RESTART, max_pages=14)
-        expect(found, Scan([], where.end), "pages written, protecting them")
+        expect_scan(area, found, Scan([], where.end), "pages written, protecting them")
     Pagemap.expect_protected(area, range(16), "after that")
     write(ctx.uffd, area, 1, 4, 13)
     expect_written(area, {1, 4, 13}, "pages written, after writes to three mappings", flags=RESTART)
@@ -472,7 +475,7 @@ def test_pagemap_unmapped(ctx: Context) -> None:
         for required in (NONE, WRITTEN, EVERY & ~WRITTEN):
             found = Pagemap.scan(area.page(1, 2), required, returned=EVERY, flags=flags)
             with promise("AS-18", f"{required}, {flags}"):
-                expect(found, Scan([], area.page(3).start), "of nothing mapped")
+                expect_scan(area, found, Scan([], area.page(3).start), "of nothing mapped")
     expect_written(area, {0, 3, 4}, "pages written on both sides", flags=RESTART)
     expect_written(area, (), "pages written, after that")
 
@@ -547,7 +550,7 @@ def test_pagemap_unpopulated_thp(ctx: Context) -> None:
         ("protecting them", Pagemap.scan(area.range, WRITTEN, flags=RESTART)),
     ):
         with promise("AS-03", what):
-            expect(found, everything, "pages written")
+            expect_scan(area, found, everything, "pages written")
     expect_written(area, (), "pages written, after protecting them")
     write(ctx.uffd, area, 7)
     expect_written(area, {7}, "pages written, after a write to page 7")
