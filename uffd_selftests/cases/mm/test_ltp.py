@@ -102,6 +102,7 @@ def test_userfaultfd05(ctx: Context) -> None:
     with faulting(ctx.uffd, address, call=partial(poke, address, new), flags=trapped):
         ctx.dst.expect_pattern_of(ctx.dst)
         ctx.uffd.unprotect(ctx.dst.page(1))
+        Pagemap.expect_protected(ctx.dst, {0}, "after un-protecting page 1")
         ctx.uffd.close()
     expect(peek(address), new, "the byte that was written")
     poke(address, old)
