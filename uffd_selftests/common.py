@@ -227,6 +227,21 @@ def refuses(number: int, *, output: int | None = None) -> Iterator[None]:
 
 
 @contextmanager
+def held_up() -> Iterator[None]:
+    """Assert that the fill in the block says EAGAIN: an event is unread, or the operation behind it not over yet.
+
+    The output field says so, too, or is left alone, as by kernels before 6.15; event-output-field tells which.
+    """
+    try:
+        with refuses(errno.EAGAIN):
+            yield
+    except AssertionError as error:
+        cause = error.__context__
+        if not isinstance(cause, UffdError) or (cause.errno, cause.output) != (errno.EAGAIN, UNTOUCHED):
+            raise
+
+
+@contextmanager
 def fails(*numbers: int) -> Iterator[None]:
     """Assert that the one system call in the block fails with one of these; for ioctls of a userfaultfd: refuses()."""
     wanted = " or ".join(map(errno_name, numbers))

@@ -29,6 +29,7 @@ from uffd_selftests.common import (
     UffdError,
     eventually,
     expect,
+    held_up,
     promise,
     refuses,
 )
@@ -276,7 +277,7 @@ def test_copy_overtaken_by_event(ctx: Context) -> None:
     dropped = ctx.dst.page(1)
     ctx.uffd.register(ctx.dst.range, MISSING)
     with ExitStack() as stack:
-        with page_held(ctx, 0, refuses(EAGAIN)):
+        with page_held(ctx, 0, held_up()):
             stack.enter_context(Waiter(lambda: advise(dropped, Advice.DONTNEED)))
             expect(ctx.uffd.readable(DEADLINE), True, "a readable event")
         expect(ctx.uffd.read(), [Removed(dropped.start, dropped.end)], "the event")
