@@ -14,7 +14,18 @@ from pathlib import Path
 
 from uffd_selftests import uapi
 from uffd_selftests.case import Kind, uffd_case
-from uffd_selftests.common import UNREGISTERED, WP, Context, Pagemap, Skip, Uffd, expect, expect_modes, swap_out
+from uffd_selftests.common import (
+    UNREGISTERED,
+    WP,
+    Context,
+    Pagemap,
+    Remapped,
+    Skip,
+    Uffd,
+    expect,
+    expect_modes,
+    swap_out,
+)
 from uffd_selftests.hugetlb import hugepage_file
 from uffd_selftests.kernel import THP
 from uffd_selftests.machine import Sysctl, hugepage_sizes
@@ -33,8 +44,8 @@ from uffd_selftests.memory import (
     remap,
     touch,
 )
-from uffd_selftests.processes import undisturbed
-from uffd_selftests.uapi import Feature
+from uffd_selftests.processes import Waiter, faulting, undisturbed
+from uffd_selftests.uapi import Feature, PagefaultFlag
 
 WRITEPROTECT = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
 
@@ -71,6 +82,32 @@ def test_wp_mremap_swapped(ctx: Context) -> None:
     protect_all(ctx, ctx.dst)
     swap_out(ctx.dst.range)
     move(ctx, ctx.dst)
+
+
+@uffd_case(
+    "wp-mremap-swapped-event",
+    mem=(ANON, SHMEM, SHMEM_PRIVATE),
+    features=WRITEPROTECT | Feature.EVENT_REMAP,
+    needs=("swap", "pagemap"),
+    pages=3,
+    rows=("WP-28",),
+    kind=Kind.DETAIL,
+)
+def test_wp_mremap_swapped_event(ctx: Context) -> None:
+    """With UFFD_FEATURE_EVENT_REMAP the protection of pages that are swapped out comes along."""
+    area, place = ctx.dst, ctx.allocate()
+    area.fill()
+    protect_all(ctx, area)
+    swap_out(area.range)
+    ctx.uffd.unprotect(area.page(2))
+    with Waiter(lambda: remap(area.range, to=place.start)):
+        expect(ctx.uffd.wait(), Remapped(area.start, place.start, area.range.len), "the event")
+    Pagemap.expect_protected(place, {0, 1}, "after mremap")
+    expect_modes(place.range, WP)
+    undisturbed(ctx.uffd, partial(touch, place.page(2), PAGE_SIZE, write=True))
+    with faulting(ctx.uffd, place.start, write=True, flags=PagefaultFlag.WRITE | PagefaultFlag.WP):
+        ctx.uffd.unprotect(place.page(0))
+    undisturbed(ctx.uffd, lambda: place.expect_pattern_of(area))
 
 
 # ---- transparent huge pages ----------------------------------------------------------------------------------------
