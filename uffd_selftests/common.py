@@ -67,6 +67,11 @@ WP = RegisterMode.WP
 MINOR = RegisterMode.MINOR
 RWP = RegisterMode.RWP
 
+WRITEPROTECT = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
+"""Write protection, of any type of memory."""
+MINOR_FAULTS = Feature.MINOR_HUGETLBFS | Feature.MINOR_SHMEM
+"""Minor faults, of any type of memory that has them."""
+
 DEADLINE = 10.0 * float(os.environ.get("UFFD_DEADLINE_SCALE") or 1)
 """Seconds after which something awaited counts as not happening."""
 

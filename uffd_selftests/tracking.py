@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from uffd_selftests.common import WP, Context, Pagemap, Region, Scan, Uffd
+from uffd_selftests.common import WP, WRITEPROTECT, Context, Pagemap, Region, Scan, Uffd
 from uffd_selftests.mem_types import Area
 from uffd_selftests.memory import Range, touch
 from uffd_selftests.processes import undisturbed
 from uffd_selftests.uapi import Feature, PageCategory, PmScanFlag
 
-ASYNC = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_ASYNC
+ASYNC = WRITEPROTECT | Feature.WP_ASYNC
 SCAN = ("pagemap_scan",)
 """What a case needs that asks PAGEMAP_SCAN."""
 

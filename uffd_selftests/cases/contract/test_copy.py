@@ -16,6 +16,7 @@ from uffd_selftests.common import (
     MISSING,
     UNTOUCHED,
     WP,
+    WRITEPROTECT,
     Context,
     Forked,
     Pagemap,
@@ -58,7 +59,6 @@ from uffd_selftests.processes import Channel, Child, Waiter, faulting, faulting_
 from uffd_selftests.uapi import CopyMode, Feature, PagefaultFlag, RegisterMode
 
 WRITE = PagefaultFlag.WRITE
-WP_ANYWHERE = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
 
 
 def copy(ctx: Context, first: int, count: int = 1, mode: CopyMode = CopyMode(0)) -> None:
@@ -418,7 +418,7 @@ def test_copy_protected_mapping(ctx: Context) -> None:
 # ---- write protection ----------------------------------------------------------------------------------------------
 
 
-@uffd_case("copy-wp", mem=ALL, features=WP_ANYWHERE, pages=3, rows=("CP-35",))
+@uffd_case("copy-wp", mem=ALL, features=WRITEPROTECT, pages=3, rows=("CP-35",))
 def test_copy_wp(ctx: Context) -> None:
     """With MODE_WP the pages can be read, and the first write to each waits until its protection is dropped."""
     prepare(ctx, MISSING | WP)
@@ -434,7 +434,7 @@ def test_copy_wp(ctx: Context) -> None:
     ctx.dst.expect_pattern_of(ctx.src)
 
 
-@uffd_case("copy-wp-wakes", mem=ALL, features=WP_ANYWHERE, pages=2, rows=("CP-35", "CP-13"))
+@uffd_case("copy-wp-wakes", mem=ALL, features=WRITEPROTECT, pages=2, rows=("CP-35", "CP-13"))
 def test_copy_wp_wakes(ctx: Context) -> None:
     """MODE_WP wakes readers like any copy; a thread that wanted to write faults again, for the protection now."""
     prepare(ctx, MISSING | WP)
@@ -449,7 +449,7 @@ def test_copy_wp_wakes(ctx: Context) -> None:
     ctx.uffd.expect_no_message()
 
 
-@uffd_case("copy-wp-only", mem=ALL, features=WP_ANYWHERE, pages=2, rows=("CP-36",), kind=Kind.DETAIL)
+@uffd_case("copy-wp-only", mem=ALL, features=WRITEPROTECT, pages=2, rows=("CP-36",), kind=Kind.DETAIL)
 def test_copy_wp_only(ctx: Context) -> None:
     """UFFDIO_COPY fills a range that is registered for write protection alone, protected or not."""
     prepare(ctx, WP)
@@ -463,7 +463,7 @@ def test_copy_wp_only(ctx: Context) -> None:
 @uffd_case(
     "copy-wp-marker",
     mem=ALL,
-    features=WP_ANYWHERE | Feature.WP_UNPOPULATED,
+    features=WRITEPROTECT | Feature.WP_UNPOPULATED,
     pages=2,
     rows=("CP-37", "CP-38"),
     kind=Kind.DETAIL,

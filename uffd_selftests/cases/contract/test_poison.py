@@ -28,7 +28,7 @@ from uffd_selftests.common import (
     promise,
     refuses,
 )
-from uffd_selftests.mem_types import ALL, ANON, HUGETLB, HUGETLB_PRIVATE, SHMEM, SHMEM_PRIVATE
+from uffd_selftests.mem_types import ALL, ANON, FILE_BACKED, HUGETLB, HUGETLB_PRIVATE, PRIVATE, SHMEM, SHMEM_PRIVATE
 from uffd_selftests.memory import (
     EHWPOISON,
     PAGE_SIZE,
@@ -53,8 +53,6 @@ from uffd_selftests.memory import (
 from uffd_selftests.processes import Child, faulting, orphaned, undisturbed, unread_event
 from uffd_selftests.uapi import Feature, PagefaultFlag, PoisonMode
 
-FILE = (SHMEM, SHMEM_PRIVATE, HUGETLB, HUGETLB_PRIVATE)
-PRIVATE = (ANON, SHMEM_PRIVATE, HUGETLB_PRIVATE)
 MARKERS = Feature.POISON | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_UNPOPULATED
 
 # si_code of SIGBUS, <asm-generic/siginfo.h>.
@@ -194,7 +192,7 @@ def test_poison_populate(ctx: Context) -> None:
 
 @uffd_case(
     "poison-minor",
-    mem=FILE,
+    mem=FILE_BACKED,
     features=Feature.POISON | Feature.MINOR_HUGETLBFS | Feature.MINOR_SHMEM,
     pages=2,
     rows=("PO-08",),

@@ -9,7 +9,7 @@ from signal import SIGSEGV
 
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import MISSING, UNREGISTERED, Context, Skip, Uffd, expect, expect_modes, promise
-from uffd_selftests.mem_types import ANON, SHMEM, SHMEM_PRIVATE, Area
+from uffd_selftests.mem_types import NOT_HUGETLB, Area
 from uffd_selftests.memory import Advice, KernelError, Trap, advise, touch_trapped
 from uffd_selftests.processes import faulting, undisturbed
 from uffd_selftests.uapi import Feature
@@ -28,7 +28,7 @@ def expect_guarded(uffd: Uffd, area: Area, *pages: int) -> None:
 
 @uffd_case(
     "guard-regions",
-    mem=(ANON, SHMEM, SHMEM_PRIVATE),
+    mem=NOT_HUGETLB,
     features=Feature.EVENT_REMOVE,
     pages=6,
     rows=("FL-25",),

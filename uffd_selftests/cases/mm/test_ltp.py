@@ -15,14 +15,24 @@ from signal import SIGBUS
 
 from uffd_selftests import uapi
 from uffd_selftests.case import uffd_case
-from uffd_selftests.common import MINOR, MISSING, UNREGISTERED, WP, Context, Fault, Pagemap, Uffd, expect, expect_modes
-from uffd_selftests.mem_types import ALL, ANON, SHMEM, SHMEM_PRIVATE
+from uffd_selftests.common import (
+    MINOR,
+    MISSING,
+    UNREGISTERED,
+    WP,
+    WRITEPROTECT,
+    Context,
+    Fault,
+    Pagemap,
+    Uffd,
+    expect,
+    expect_modes,
+)
+from uffd_selftests.mem_types import ALL, ANON, NOT_HUGETLB, SHMEM, SHMEM_PRIVATE
 from uffd_selftests.memory import PROT_READ, Advice, advise, peek, poke, protect, touch_trapped
 from uffd_selftests.processes import Waiter, faulting
 from uffd_selftests.uapi import Feature, PagefaultFlag
 
-SMALL = (ANON, SHMEM, SHMEM_PRIVATE)
-WRITEPROTECT = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
 OFFSET = 0xF
 """Of the byte in page 1 that is accessed."""
 
@@ -78,7 +88,7 @@ def test_userfaultfd03(ctx: Context) -> None:
     ctx.dst.expect_pattern_of(ctx.src, 1, 1)
 
 
-@uffd_case("userfaultfd04", mem=SMALL, pages=2, rows=("ZP-01", "CL-02"))
+@uffd_case("userfaultfd04", mem=NOT_HUGETLB, pages=2, rows=("ZP-01", "CL-02"))
 def test_userfaultfd04(ctx: Context) -> None:
     """A thread reads zero from where UFFDIO_ZEROPAGE has put a page, although the handle is closed at once."""
     ctx.uffd.register(ctx.dst.range, MISSING)

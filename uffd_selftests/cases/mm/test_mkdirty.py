@@ -10,7 +10,17 @@ from functools import partial
 from signal import SIGSEGV
 
 from uffd_selftests.case import Kind, uffd_case
-from uffd_selftests.common import MISSING, WP, Context, collapse, expect, huge_area, promise, require_collapse
+from uffd_selftests.common import (
+    MISSING,
+    WP,
+    WRITEPROTECT,
+    Context,
+    collapse,
+    expect,
+    huge_area,
+    promise,
+    require_collapse,
+)
 from uffd_selftests.mem_types import ALL, ANON, SHMEM, Area, pmd_size
 from uffd_selftests.memory import (
     PAGE_SIZE,
@@ -26,9 +36,6 @@ from uffd_selftests.memory import (
 )
 from uffd_selftests.processes import undisturbed
 from uffd_selftests.tracking import ASYNC, RESTART, SCAN, expect_written, tracked, write
-from uffd_selftests.uapi import Feature
-
-WRITEPROTECT = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
 
 
 def expect_read_only(ctx: Context, area: Area, *pages: int) -> None:

@@ -8,7 +8,7 @@ from errno import EFAULT
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import MISSING, UNREGISTERED, Context, expect, expect_modes, fails, promise
 from uffd_selftests.hugetlb import shared_page_table
-from uffd_selftests.mem_types import ANON, HUGETLB, SHMEM, SHMEM_PRIVATE, Area
+from uffd_selftests.mem_types import HUGETLB, NOT_HUGETLB, Area
 from uffd_selftests.memory import Range, peek, poke, remap, touch_trapped, unmap
 from uffd_selftests.processes import undisturbed
 
@@ -23,7 +23,7 @@ def mapped_pages(area: Area) -> list[int]:
 
 @uffd_case(
     "mremap-invalid-vmas",
-    mem=(ANON, SHMEM, SHMEM_PRIVATE),
+    mem=NOT_HUGETLB,
     variants=("last", "all but the first"),
     pages=9,
     rows=("EV-27",),

@@ -22,7 +22,7 @@ from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import WP, Context, Pagemap, Region, Scan, Skip, Uffd, expect, fails, huge_area, promise
 from uffd_selftests.files import plain_file
 from uffd_selftests.kernel import THP
-from uffd_selftests.mem_types import ALL, ANON, SHMEM, SHMEM_PRIVATE, Area, default_hugepage_size, pmd_size
+from uffd_selftests.mem_types import ALL, ANON, NOT_HUGETLB, SHMEM, Area, default_hugepage_size, pmd_size
 from uffd_selftests.memory import (
     MAP_ANONYMOUS,
     MAP_FIXED,
@@ -66,7 +66,6 @@ from uffd_selftests.tracking import (
 )
 from uffd_selftests.uapi import PageCategory, PmScanFlag
 
-SMALL = (ANON, SHMEM, SHMEM_PRIVATE)
 NO_FLAGS = PmScanFlag(0)
 READ_WRITE = PROT_READ | PROT_WRITE
 PROTECTIONS = {PROT_NONE: "PROT_NONE", PROT_READ: "PROT_READ", READ_WRITE: "PROT_READ | PROT_WRITE"}
@@ -299,7 +298,7 @@ SPARSE = (
 )
 
 
-@uffd_case("pagemap-walk-end", mem=SMALL, features=ASYNC, needs=SCAN, pages=1000, rows=("AS-07", "AS-09"))
+@uffd_case("pagemap-walk-end", mem=NOT_HUGETLB, features=ASYNC, needs=SCAN, pages=1000, rows=("AS-07", "AS-09"))
 def test_pagemap_walk_end(ctx: Context) -> None:
     """A scan with any room and limit says where it stopped: behind what it reported and all that need no report."""
     area = tracked(ctx)
@@ -322,7 +321,7 @@ def test_pagemap_walk_end(ctx: Context) -> None:
             expect_scan(area, found, Scan([], area.start), "what the scan found")
 
 
-@uffd_case("pagemap-smaller-vec", mem=SMALL, features=ASYNC, needs=SCAN, pages=1200, rows=("AS-07",))
+@uffd_case("pagemap-smaller-vec", mem=NOT_HUGETLB, features=ASYNC, needs=SCAN, pages=1200, rows=("AS-07",))
 def test_pagemap_smaller_vec(ctx: Context) -> None:
     """Scans with little room, each going on where the last one stopped, together report every written page once."""
     area = tracked(ctx)
@@ -474,7 +473,9 @@ def test_pagemap_mprotect_replaced(ctx: Context) -> None:
     expect_written(area, (), "pages written, after that")
 
 
-@uffd_case("pagemap-userfaultfd", mem=SMALL, features=ASYNC, needs=SCAN, pages=16, rows=("AS-17",), kind=Kind.DETAIL)
+@uffd_case(
+    "pagemap-userfaultfd", mem=NOT_HUGETLB, features=ASYNC, needs=SCAN, pages=16, rows=("AS-17",), kind=Kind.DETAIL
+)
 def test_pagemap_userfaultfd(ctx: Context) -> None:
     """New pages count as not written, although mprotect(2) has cut their range into mappings of all protections."""
     area = ctx.dst
@@ -491,7 +492,7 @@ def test_pagemap_userfaultfd(ctx: Context) -> None:
     expect_written(area, {1, 4, 13}, "pages written, after writes to three mappings", flags=RESTART)
 
 
-@uffd_case("pagemap-unmapped", mem=SMALL, features=ASYNC, needs=SCAN, pages=5, rows=("AS-18",), kind=Kind.DETAIL)
+@uffd_case("pagemap-unmapped", mem=NOT_HUGETLB, features=ASYNC, needs=SCAN, pages=5, rows=("AS-18",), kind=Kind.DETAIL)
 def test_pagemap_unmapped(ctx: Context) -> None:
     """Where nothing is mapped a scan reports nothing and goes on, with whatever flags."""
     area = tracked(ctx)
@@ -513,7 +514,15 @@ WRITERS = 4
 EACH = 16
 
 
-@uffd_case("pagemap-transact", mem=SMALL, features=ASYNC, needs=SCAN, pages=WRITERS * EACH, rows=("AS-04",), smp=True)
+@uffd_case(
+    "pagemap-transact",
+    mem=NOT_HUGETLB,
+    features=ASYNC,
+    needs=SCAN,
+    pages=WRITERS * EACH,
+    rows=("AS-04",),
+    smp=True,
+)
 def test_pagemap_transact(ctx: Context) -> None:
     """Who copies what each scan reports has a true copy when the writers rest, whenever they wrote."""
     area, copy = tracked(ctx), ctx.src

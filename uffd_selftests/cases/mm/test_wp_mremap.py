@@ -17,6 +17,7 @@ from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
     UNREGISTERED,
     WP,
+    WRITEPROTECT,
     Context,
     Pagemap,
     Remapped,
@@ -29,7 +30,7 @@ from uffd_selftests.common import (
 from uffd_selftests.hugetlb import hugepage_file
 from uffd_selftests.kernel import THP
 from uffd_selftests.machine import Sysctl, hugepage_sizes
-from uffd_selftests.mem_types import ANON, SHMEM, SHMEM_PRIVATE, Area, MemType, default_hugepage_size, pmd_size
+from uffd_selftests.mem_types import ANON, NOT_HUGETLB, SHMEM, Area, MemType, default_hugepage_size, pmd_size
 from uffd_selftests.memory import (
     MAP_NORESERVE,
     MAP_PRIVATE,
@@ -46,8 +47,6 @@ from uffd_selftests.memory import (
 )
 from uffd_selftests.processes import Waiter, faulting, undisturbed
 from uffd_selftests.uapi import Feature, PagefaultFlag
-
-WRITEPROTECT = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
 
 
 def move(ctx: Context, area: Area) -> None:
@@ -69,7 +68,7 @@ def protect_all(ctx: Context, area: Area) -> None:
 
 @uffd_case(
     "wp-mremap-swapped",
-    mem=(ANON, SHMEM, SHMEM_PRIVATE),
+    mem=NOT_HUGETLB,
     features=WRITEPROTECT,
     needs=("swap", "pagemap"),
     pages=3,
@@ -86,7 +85,7 @@ def test_wp_mremap_swapped(ctx: Context) -> None:
 
 @uffd_case(
     "wp-mremap-swapped-event",
-    mem=(ANON, SHMEM, SHMEM_PRIVATE),
+    mem=NOT_HUGETLB,
     features=WRITEPROTECT | Feature.EVENT_REMAP,
     needs=("swap", "pagemap"),
     pages=3,
