@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, NoReturn
 import pytest
 
 from uffd_selftests import __version__
-from uffd_selftests.harness.reporter import FILES
+from uffd_selftests.harness.reporter import FILES, KMSG
 from uffd_selftests.harness.settings import OPTIONS, check_keyword
+from uffd_selftests.vm.options import add_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -60,6 +61,8 @@ def parser() -> Parser:
     for each in OPTIONS:
         add(each.flag, metavar=each.metavar, help=f"{each.help} [{each.variable}]")
     add("--no-isolation", action="store_true", help="run cases in one process, for a debugger")
+    add("--kmsg", action="store_true", help="note in the kernel log which case begins (boot with printk.devkmsg=on)")
+    add_options(result)
     add("--version", action="version", version=f"{PROGRAM} {__version__}")
     return result
 
@@ -83,11 +86,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         for each in OPTIONS:
             each.value(getattr(args, each.name))
         check_keyword(args.keyword or "")
+        if args.kmsg and not os.access(KMSG, os.W_OK):
+            raise ValueError(f"--kmsg: cannot write to {KMSG}: run as root")
         if args.output and not args.list:
             _make_ready(args.output)
     except ValueError as error:
         sys.stderr.write(f"{PROGRAM}: {error}\n")
         return EXIT_USAGE
+    if args.kernel and not args.list:
+        from uffd_selftests.vm import session  # noqa: PLC0415  # most runs do without
+
+        return session.main(args, passed)
     return _run(args, passed)
 
 
@@ -155,6 +164,8 @@ def _pytest_arguments(args: argparse.Namespace, passed: list[str], ktap_fd: int)
         yield "--strict-defects"
     if args.no_isolation:
         yield "--no-isolation"
+    if args.kmsg:
+        yield "--kmsg"
     if args.list:
         yield "--collect-only"
     elif args.workers != "0":

@@ -89,6 +89,8 @@ class Settings:
     """Isolate tests that declare no case, too."""
     ktap_fd: int | None
     progress: bool
+    kmsg: bool
+    """Note in the kernel log which case begins."""
     folder: Path | None
 
     @classmethod
@@ -112,6 +114,7 @@ class Settings:
             option.isolate_all,
             option.ktap_fd,
             option.progress,
+            option.kmsg,
             Path(option.report_dir) if option.report_dir else None,
         )
 
@@ -152,4 +155,5 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption("--isolate-all", action="store_true", help="run all tests in child processes, not only cases")
     group.addoption("--ktap-fd", type=int, metavar="FD", help="write KTAP to this descriptor")
     group.addoption("--progress", action="store_true", help="show what is running if stderr is a terminal")
+    group.addoption("--kmsg", action="store_true", help="note in the kernel log which case begins")
     group.addoption("--report-dir", metavar="DIR", help="write results.tap, results.json... into this folder")

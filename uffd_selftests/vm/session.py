@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""A run in other kernels: one KTAP document with a subtest for each kernel, one folder for each below ``-o DIR``.
+
+A kernel's folder has the files of a run of the suite (harness/reporter.py) and console.txt: what the kernel and
+virtme-ng said. Of a kernel that died, results.json has what came out of it; like the KTAP it blames the case that was
+running and skips the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import uffd_selftests
+from uffd_selftests.harness import ktap
+from uffd_selftests.harness.interrupts import Interrupted, Signals
+from uffd_selftests.harness.settings import OPTIONS
+from uffd_selftests.vm import images, vng
+from uffd_selftests.vm.guests import MARGIN_SECONDS, Accelerator, Ending, Guest
+from uffd_selftests.vm.verdict import judge, reported, unfinished
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Iterator, Sequence
+
+    from uffd_selftests.harness.results import Result
+    from uffd_selftests.vm.images import Kernel
+
+PROGRAM = "uffd-selftests"
+ROOT = Path(uffd_selftests.__file__).resolve().parent.parent
+
+VERSION = "KTAP version 1"
+INDENT = "  "
+TCG_SCALE = 8.0
+"""How much longer everything may take under emulation."""
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOTHING = 0, 1, 2, 4
+
+
+def main(args: argparse.Namespace, passed: Sequence[str]) -> int:
+    """Run the suite in each kernel of ``--kernel`` and return the exit code."""
+    with contextlib.ExitStack() as cleanup:
+        signals = Signals()
+        cleanup.callback(signals.close)
+        try:
+            kernels = images.distinguish(images.find(path, args.arch) for path in args.kernel)
+            if lacking := vng.missing(args.arch):
+                raise ValueError(lacking)
+            plan = _plan(args, passed)
+            folder = args.output or Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix=f"{PROGRAM}-")))
+            return exit_code(Session(args, passed, folder.resolve(), plan).run(kernels))
+        except ValueError as error:
+            say(str(error))
+            return EXIT_USAGE
+        except subprocess.CalledProcessError as error:
+            sys.stderr.write(error.stderr)
+            return error.returncode
+        except Interrupted:
+            return 128 + signals.number
+        except BrokenPipeError:
+            return 128 + signal.SIGPIPE
+        except OSError as error:
+            say(f"cannot write {error.filename or 'the results'}: {error.strerror}")
+            return EXIT_FAILED
+
+
+def exit_code(outcomes: Sequence[str]) -> int:
+    """Return the exit code of a run with these outcomes of its kernels."""
+    if any(outcome in ktap.FAILURES for outcome in outcomes):
+        return EXIT_FAILED
+    return EXIT_NOTHING if set(outcomes) <= {"skip"} else EXIT_OK
+
+
+def say(message: str) -> None:
+    """Say something on stderr."""
+    sys.stderr.write(f"{PROGRAM}: {message}\n")
+
+
+def suite_arguments(args: argparse.Namespace, passed: Sequence[str]) -> list[str]:
+    """Say again, for the suite in a guest, what was said here on the command line or in the environment."""
+    arguments = [f"--filter={part}" for part in args.filter]
+    if args.keyword is not None:
+        arguments += ["-k", args.keyword]
+    flags = {"--documented-only": args.documented_only, "--strict": args.strict, "--no-isolation": args.no_isolation}
+    arguments += [flag for flag, given in flags.items() if given]
+    for each in OPTIONS:
+        if value := getattr(args, each.name) or os.environ.get(each.variable):
+            arguments.append(f"{each.flag}={value}")
+    return [*arguments, *(["--", *passed] if passed else [])]
+
+
+def _plan(args: argparse.Namespace, passed: Sequence[str]) -> list[str]:
+    """Return the names of all results to come; raises CalledProcessError when the options are wrong.
+
+    On the way pytest compiles the cases, which a guest could not keep.
+    """
+    isolated = ["-I"] if sys.flags.isolated else []
+    call = [sys.executable, *isolated, "-m", "uffd_selftests", "-l", *suite_arguments(args, passed)]
+    listing = subprocess.run(call, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=True)
+    return listing.stdout.splitlines()
+
+
+class Document:
+    """The KTAP of the whole run, on stdout and in a file."""
+
+    def __init__(self, *streams: TextIO) -> None:
+        self._streams = streams
+
+    def write(self, *lines: str) -> None:
+        """Write lines, at once."""
+        for stream in self._streams:
+            stream.writelines(f"{line}\n" for line in lines)
+            stream.flush()
+
+
+class Job:
+    """A kernel, its machine, and what comes out of it."""
+
+    def __init__(self, kernel: Kernel, folder: Path) -> None:
+        self.kernel = kernel
+        self.guest = Guest(kernel, folder)
+        self.lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        """The suite's KTAP; None is the end."""
+        self.ending: Future[Ending]
+
+
+class Session:
+    """Boots kernels, several at once if asked to, and reports them in their order."""
+
+    def __init__(self, args: argparse.Namespace, passed: Sequence[str], folder: Path, plan: list[str]) -> None:
+        self._args = args
+        self._passed = passed
+        self._folder = folder
+        self._plan = plan
+        self._accelerator = Accelerator(args.vm_accel)
+        append = tuple(part for text in args.vm_append for part in shlex.split(text))
+        qemu = tuple(part for text in args.vm_qemu for part in shlex.split(text))
+        self._shape = vng.Shape(args.arch, args.vm_memory, args.vm_cpus, append, qemu)
+
+    def run(self, kernels: Sequence[Kernel]) -> list[str]:
+        """Run all and return their outcomes; raises OSError when results cannot be written, Interrupted."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (self._folder / "results.tap").open("w") as copy, self._booting(kernels) as jobs:
+            document = Document(sys.stdout, copy)
+            document.write(VERSION, f"1..{len(jobs)}")
+            outcomes = [self._report(job, number, document) for number, job in enumerate(jobs, 1)]
+            document.write(ktap.totals_line(Counter(outcomes)))
+        return outcomes
+
+    # ---- booting ----
+
+    @contextlib.contextmanager
+    def _booting(self, kernels: Sequence[Kernel]) -> Iterator[list[Job]]:
+        """Start the machines, so many at once; none is left at the end."""
+        jobs = [Job(kernel, self._fresh(kernel)) for kernel in kernels]
+        with ThreadPoolExecutor(self._at_once()) as threads:
+            for job in jobs:
+                job.ending = threads.submit(self._start, job)
+            try:
+                yield jobs
+            finally:
+                for job in jobs:
+                    job.guest.stop()
+
+    def _at_once(self) -> int:
+        workers = self._args.workers
+        return max(1, len(os.sched_getaffinity(0)) if workers == "auto" else int(workers))
+
+    def _fresh(self, kernel: Kernel) -> Path:
+        """Return an empty folder for a kernel."""
+        folder = self._folder / kernel.name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def _start(self, job: Job) -> Ending:
+        """Boot a kernel with what works here and run the suite in it."""
+        try:
+            return self._accelerator.run(lambda accelerator, alive: self._boot(job, accelerator, alive), say)
+        finally:
+            job.lines.put(None)
+
+    def _boot(self, job: Job, accelerator: str, alive: Callable[[], None]) -> Ending:
+        say(f"{job.kernel.name}: booting, {'with KVM' if accelerator == vng.KVM else 'emulated'}")
+        scale = self._scale(accelerator)
+        deadline = next(each for each in OPTIONS if each.name == "deadline").value(self._args.deadline)
+        script = ["env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "uffd_selftests.vm.guest"]
+        script += ["--kmsg", "-o", vng.RESULTS, f"--deadline-scale={scale:g}"]
+        script += suite_arguments(self._args, self._passed)
+        command = vng.command(job.kernel, self._shape, accelerator, job.guest.folder, script)
+        return job.guest.run(command, accelerator, scale * deadline + MARGIN_SECONDS, job.lines.put, alive)
+
+    def _scale(self, accelerator: str) -> float:
+        """Return by how much deadlines are multiplied."""
+        given = self._args.deadline_scale or os.environ.get("UFFD_DEADLINE_SCALE")
+        return float(given or (TCG_SCALE if accelerator == vng.TCG else 1))
+
+    # ---- reporting ----
+
+    def _report(self, job: Job, number: int, document: Document) -> str:
+        """Hand on what a guest says as it says it, judge it at its end, and return the outcome."""
+        while (line := job.lines.get()) is not None:
+            if line == ktap.VERSION:  # the name is for kunit.py, which else cannot tell where the subtest ends
+                document.write(INDENT + VERSION, f"{INDENT}# Subtest: {job.kernel.name}")
+            elif line:
+                document.write(INDENT + line)
+        ending = job.ending.result()
+        whole = judge(job.kernel.name, ending)
+        if ending.watch.spoke and not ending.watch.totals:
+            self._finish(job, ending, whole, document)
+        document.write(*ktap.diagnostic_lines(whole.diagnostics), ktap.result_line(number, whole))
+        say(f"{job.kernel.name}: {whole.reason or ending.watch.totals or whole.outcome}")
+        for message in (*ending.watch.messages, ending.trouble):
+            if message:
+                say(f"{job.kernel.name}: {message}")
+        return whole.outcome
+
+    def _finish(self, job: Job, ending: Ending, whole: Result, document: Document) -> None:
+        """Say in a guest's stead what it could not say any more."""
+        results = reported(ending)
+        rest = unfinished(self._plan, ending, whole)
+        for number, result in enumerate(rest, len(results) + 1):
+            lines = [*ktap.diagnostic_lines(result.diagnostics), ktap.result_line(number, result)]
+            document.write(*(INDENT + line for line in lines))
+        results += rest
+        totals = Counter(result.outcome for result in results)
+        document.write(INDENT + ktap.totals_line(totals))
+        summary = {
+            "results": [result.to_dict() for result in results],
+            "totals": totals,
+            "interrupted": whole.reason,
+            "exitstatus": EXIT_FAILED,
+            "options": {},
+            "versions": {"uffd-selftests": uffd_selftests.__version__, "kernel": job.kernel.name},
+        }
+        (job.guest.folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
