@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from uffd_selftests.vm.images import Kernel
 
 PROGRAM = "uffd-selftests"
-ROOT = Path(uffd_selftests.__file__).resolve().parent.parent
 
 VERSION = "KTAP version 1"
 INDENT = "  "
@@ -88,16 +87,19 @@ def say(message: str) -> None:
     sys.stderr.write(f"{PROGRAM}: {message}\n")
 
 
-def suite_arguments(args: argparse.Namespace, passed: Sequence[str]) -> list[str]:
-    """Say again, for the suite in a guest, what was said here on the command line or in the environment."""
+def suite_arguments(args: argparse.Namespace, passed: Sequence[str], scale: float = 1.0) -> list[str]:
+    """Say again, for the suite in a guest, what was said here on the command line or in the environment.
+
+    scale is that of deadlines, unless another was given.
+    """
     arguments = [f"--filter={part}" for part in args.filter]
     if args.keyword is not None:
         arguments += ["-k", args.keyword]
     flags = {"--documented-only": args.documented_only, "--strict": args.strict, "--no-isolation": args.no_isolation}
     arguments += [flag for flag, given in flags.items() if given]
-    for each in OPTIONS:
-        if value := getattr(args, each.name) or os.environ.get(each.variable):
-            arguments.append(f"{each.flag}={value}")
+    values = {each.flag: getattr(args, each.name) or os.environ.get(each.variable) for each in OPTIONS}
+    values["--deadline-scale"] = values["--deadline-scale"] or f"{scale:g}"
+    arguments += [f"{flag}={value}" for flag, value in values.items() if value]
     return [*arguments, *(["--", *passed] if passed else [])]
 
 
@@ -196,10 +198,8 @@ class Session:
         say(f"{job.kernel.name}: booting, {'with KVM' if accelerator == vng.KVM else 'emulated'}")
         scale = self._scale(accelerator)
         deadline = next(each for each in OPTIONS if each.name == "deadline").value(self._args.deadline)
-        script = ["env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "uffd_selftests.vm.guest"]
-        script += ["--kmsg", "-o", vng.RESULTS, f"--deadline-scale={scale:g}"]
-        script += suite_arguments(self._args, self._passed)
-        command = vng.command(job.kernel, self._shape, accelerator, job.guest.folder, script)
+        arguments = ["--kmsg", "-o", vng.RESULTS, *suite_arguments(self._args, self._passed, scale)]
+        command = vng.command(job.kernel, self._shape, accelerator, job.guest.folder, arguments)
         return job.guest.run(command, accelerator, scale * deadline + MARGIN_SECONDS, job.lines.put, alive)
 
     def _scale(self, accelerator: str) -> float:
