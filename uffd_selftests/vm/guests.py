@@ -33,7 +33,7 @@ BOOT_SECONDS = {vng.KVM: 90.0, vng.TCG: 240.0}
 MARGIN_SECONDS = 60.0
 """How much longer than a case may take until it is the kernel that hangs."""
 
-GUARD = 'read -r _; kill -KILL -- "-$1" 2>/dev/null; rm -rf -- "$2"'
+GUARD = 'read -r _; kill -s KILL -- "-$1" 2>/dev/null; rm -rf -- "$2"'
 """A shell that outlives this process, however it ends, and then ends the virtual machine."""
 
 

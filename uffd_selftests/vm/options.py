@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import platform
 import re
+import shlex
 
 ARCHITECTURES = ("x86_64", "arm64")
 NATIVE = {"aarch64": "arm64"}
@@ -21,9 +22,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--arch", choices=ARCHITECTURES, default=NATIVE.get(machine, machine), help="what the kernels are built for")
     add("--vm-memory", metavar="SIZE", type=_memory, default="3G", help="memory of a virtual machine (3G)")
     add("--vm-cpus", metavar="N", type=_count, default=1, help="its processors (1)")
-    add("--vm-append", metavar="ARGS", action="append", default=[], help="add to the kernel's command line")
-    add("--vm-qemu", metavar="ARGS", action="append", default=[], help="add to QEMU's: --vm-qemu='-cpu max'")
+    for flag, what in (("--vm-append", "the kernel's command line"), ("--vm-qemu", "QEMU's: --vm-qemu='-cpu max'")):
+        add(flag, metavar="ARGS", action="extend", type=_words, default=[], help=f"add to {what}")
     add("--vm-accel", choices=("auto", "kvm", "tcg"), default="auto", help="KVM, emulation, or what works (auto)")
+
+
+def _words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
 def _memory(text: str) -> str:

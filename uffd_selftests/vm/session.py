@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import queue
-import shlex
 import shutil
 import signal
 import subprocess
@@ -100,7 +99,15 @@ def suite_arguments(args: argparse.Namespace, passed: Sequence[str], scale: floa
     values = {each.flag: getattr(args, each.name) or os.environ.get(each.variable) for each in OPTIONS}
     values["--deadline-scale"] = values["--deadline-scale"] or f"{scale:g}"
     arguments += [f"{flag}={value}" for flag, value in values.items() if value]
-    return [*arguments, *(["--", *passed] if passed else [])]
+    return [*arguments, *(["--", *map(_absolute, passed)] if passed else [])]
+
+
+def _absolute(argument: str) -> str:
+    """Return an argument for pytest with its path, if it is one, made independent of the current folder."""
+    path, colons, test = argument.partition("::")
+    if argument.startswith("-") or not os.path.exists(path):
+        return argument
+    return os.path.abspath(path) + colons + test
 
 
 def _plan(args: argparse.Namespace, passed: Sequence[str]) -> list[str]:
@@ -147,9 +154,8 @@ class Session:
         self._folder = folder
         self._plan = plan
         self._accelerator = Accelerator(args.vm_accel)
-        append = tuple(part for text in args.vm_append for part in shlex.split(text))
-        qemu = tuple(part for text in args.vm_qemu for part in shlex.split(text))
-        self._shape = vng.Shape(args.arch, args.vm_memory, args.vm_cpus, append, qemu)
+        extra = (tuple(args.vm_append), tuple(args.vm_qemu))
+        self._shape = vng.Shape(args.arch, args.vm_memory, args.vm_cpus, *extra)
 
     def run(self, kernels: Sequence[Kernel]) -> list[str]:
         """Run all and return their outcomes; raises OSError when results cannot be written, Interrupted."""
@@ -211,38 +217,47 @@ class Session:
 
     def _report(self, job: Job, number: int, document: Document) -> str:
         """Hand on what a guest says as it says it, judge it at its end, and return the outcome."""
+        name = job.kernel.name
+        heard = []
         while (line := job.lines.get()) is not None:
+            heard.append(line)
             if line == ktap.VERSION:  # the name is for kunit.py, which else cannot tell where the subtest ends
-                document.write(INDENT + VERSION, f"{INDENT}# Subtest: {job.kernel.name}")
+                document.write(INDENT + VERSION, f"{INDENT}# Subtest: {name}")
             elif line:
                 document.write(INDENT + line)
         ending = job.ending.result()
-        whole = judge(job.kernel.name, ending)
-        if ending.watch.spoke and not ending.watch.totals:
-            self._finish(job, ending, whole, document)
-        document.write(*ktap.diagnostic_lines(whole.diagnostics), ktap.result_line(number, whole))
-        say(f"{job.kernel.name}: {whole.reason or ending.watch.totals or whole.outcome}")
-        for message in (*ending.watch.messages, ending.trouble):
+        whole = judge(name, ending)
+        if ending.watch.planned and not ending.watch.totals:
+            rest = unfinished(self._plan, ending, whole)
+            lines = list(_rest_of_document(rest, ending))
+            document.write(*(INDENT + line for line in lines))
+            (job.guest.folder / "results.tap").write_text("".join(f"{line}\n" for line in [*heard, *lines]))
+            self._write_results(job, reported(ending) + rest, whole.reason)
+        if not ending.watch.running:  # else the case shows them
+            document.write(*ktap.diagnostic_lines(whole.diagnostics))
+        document.write(ktap.result_line(number, whole))
+        for message in (whole.reason or ending.watch.totals or whole.outcome, *ending.watch.messages, ending.trouble):
             if message:
-                say(f"{job.kernel.name}: {message}")
+                say(f"{name}: {message}")
         return whole.outcome
 
-    def _finish(self, job: Job, ending: Ending, whole: Result, document: Document) -> None:
-        """Say in a guest's stead what it could not say any more."""
-        results = reported(ending)
-        rest = unfinished(self._plan, ending, whole)
-        for number, result in enumerate(rest, len(results) + 1):
-            lines = [*ktap.diagnostic_lines(result.diagnostics), ktap.result_line(number, result)]
-            document.write(*(INDENT + line for line in lines))
-        results += rest
-        totals = Counter(result.outcome for result in results)
-        document.write(INDENT + ktap.totals_line(totals))
+    def _write_results(self, job: Job, results: list[Result], why: str) -> None:
+        """Write what the suite in a guest could not write any more."""
         summary = {
             "results": [result.to_dict() for result in results],
-            "totals": totals,
-            "interrupted": whole.reason,
+            "totals": Counter(result.outcome for result in results),
+            "interrupted": why,
             "exitstatus": EXIT_FAILED,
             "options": {},
             "versions": {"uffd-selftests": uffd_selftests.__version__, "kernel": job.kernel.name},
         }
         (job.guest.folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def _rest_of_document(rest: Sequence[Result], ending: Ending) -> Iterator[str]:
+    """Return the lines that complete a guest's KTAP."""
+    done = reported(ending)
+    for number, result in enumerate(rest, len(done) + 1):
+        yield from ktap.diagnostic_lines(result.diagnostics)
+        yield ktap.result_line(number, result)
+    yield ktap.totals_line(Counter(result.outcome for result in [*done, *rest]))

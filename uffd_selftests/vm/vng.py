@@ -95,7 +95,8 @@ def kvm_present() -> bool:
 
 def command(kernel: Kernel, shape: Shape, accelerator: str, results: Path, arguments: Sequence[str]) -> list[str]:
     """Return the call that boots a kernel and runs the suite in it, with one writable folder."""
-    line = [*COMMAND_LINE, *(EMULATED if accelerator == TCG and shape.arch == "x86_64" else ()), *shape.append]
+    clock = EMULATED if accelerator == TCG and shape.arch == "x86_64" else ()
+    line = [*COMMAND_LINE, *clock, *map(shlex.quote, shape.append)]
     call = [program() or "vng", "--verbose", "--run", shlex.quote(str(kernel.path))]
     call += ["--force-9p", "--disable-microvm", "--user", "root", "--cwd", "/"]
     call += ["--memory", shape.memory, "--cpus", str(shape.cpus)]
