@@ -501,6 +501,15 @@ def test_old_results_are_gone(lab: Lab) -> None:
     assert [path.name for path in (lab.folder / "6.99.1").iterdir()] == ["console.txt"]
 
 
+def test_full_disk(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The document on stdout is whole, and that its copy is not makes the run fail."""
+    document = session.Document(Path("/dev/full"))
+    monkeypatch.setattr(session, "Document", lambda _: document)
+    code, lines = lab.run(PASSES)
+    assert (code, lines[-2]) == (1, "ok 1 6.99.1")
+    assert document.trouble == "cannot write /dev/full: No space left on device"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_interrupted(number: signal.Signals, cli: Starter, tools: Path, tmp_path: Path) -> None:
     """Whatever ends the run ends the machines, too, and removes what they left in the temporary folder."""
@@ -516,7 +525,10 @@ def test_interrupted(number: signal.Signals, cli: Starter, tools: Path, tmp_path
     assert list(scratch.glob("*/file"))
     run.process.send_signal(number)
     run.wait()
-    assert run.code == (-number if number == signal.SIGKILL else 128 + number)
+    if number == signal.SIGKILL:
+        assert run.code == -number
+    else:
+        assert (run.code, run.stdout.splitlines()[-1]) == (128 + number, f"Bail out! interrupted by {number.name}")
     until = time.monotonic() + 10
     while (left := [*run.survivors(), *map(str, scratch.iterdir())]) and time.monotonic() < until:
         time.sleep(0.01)

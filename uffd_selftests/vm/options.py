@@ -9,7 +9,12 @@ import re
 import shlex
 
 ARCHITECTURES = ("x86_64", "arm64")
-NATIVE = {"aarch64": "arm64"}
+
+
+def native() -> str:
+    """Return this machine's architecture, by the kernel's name for it."""
+    machine = platform.machine()
+    return {"aarch64": "arm64"}.get(machine, machine)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -18,8 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--kernel", action="append", default=[], metavar="PATH",
         help="run in this bzImage, build tree or Debian package (can be repeated; -n N boots N at once)")  # fmt: skip
-    machine = platform.machine()
-    add("--arch", choices=ARCHITECTURES, default=NATIVE.get(machine, machine), help="what the kernels are built for")
+    add("--arch", choices=ARCHITECTURES, default=native(), help="what the kernels are built for")
     add("--vm-memory", metavar="SIZE", type=_memory, default="3G", help="memory of a virtual machine (3G)")
     add("--vm-cpus", metavar="N", type=_count, default=1, help="its processors (1)")
     for flag, what in (("--vm-append", "the kernel's command line"), ("--vm-qemu", "QEMU's: --vm-qemu='-cpu max'")):

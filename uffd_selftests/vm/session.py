@@ -28,6 +28,7 @@ from uffd_selftests.harness.interrupts import Interrupted, Signals
 from uffd_selftests.harness.settings import OPTIONS
 from uffd_selftests.vm import images, vng
 from uffd_selftests.vm.guests import MARGIN_SECONDS, Accelerator, Ending, Guest
+from uffd_selftests.vm.options import native
 from uffd_selftests.vm.verdict import judge, reported, unfinished
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def main(args: argparse.Namespace, passed: Sequence[str]) -> int:
             kernels = images.distinguish(images.find(path, args.arch) for path in args.kernel)
             if lacking := vng.missing(args.arch):
                 raise ValueError(lacking)
+            if args.arch != native():
+                raise ValueError(f"--arch {args.arch}: only kernels for {native()} can be booted here")
             plan = _plan(args, passed)
             folder = args.output or Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix=f"{PROGRAM}-")))
             return exit_code(Session(args, passed, folder.resolve(), plan).run(kernels))
@@ -124,14 +127,29 @@ def _plan(args: argparse.Namespace, passed: Sequence[str]) -> list[str]:
 class Document:
     """The KTAP of the whole run, on stdout and in a file."""
 
-    def __init__(self, *streams: TextIO) -> None:
-        self._streams = streams
+    def __init__(self, copy: Path) -> None:
+        self._file: TextIO | None = copy.open("w")
+        self.trouble = ""
+        """Why the file is not whole."""
 
     def write(self, *lines: str) -> None:
-        """Write lines, at once."""
-        for stream in self._streams:
-            stream.writelines(f"{line}\n" for line in lines)
-            stream.flush()
+        """Write lines, at once; raises BrokenPipeError when nobody reads them."""
+        text = "".join(f"{line}\n" for line in lines)
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        if not self._file:
+            return
+        try:
+            self._file.write(text)
+            self._file.flush()
+        except OSError as error:
+            self.trouble = f"cannot write {self._file.name}: {error.strerror}"
+            self._file = None
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file:
+            self._file.close()
 
 
 class Job:
@@ -158,13 +176,20 @@ class Session:
         self._shape = vng.Shape(args.arch, args.vm_memory, args.vm_cpus, *extra)
 
     def run(self, kernels: Sequence[Kernel]) -> list[str]:
-        """Run all and return their outcomes; raises OSError when results cannot be written, Interrupted."""
+        """Run all and return their outcomes; raises OSError when nothing can be written, Interrupted."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / "results.tap").open("w") as copy, self._booting(kernels) as jobs:
-            document = Document(sys.stdout, copy)
-            document.write(VERSION, f"1..{len(jobs)}")
-            outcomes = [self._report(job, number, document) for number, job in enumerate(jobs, 1)]
+        with contextlib.closing(Document(self._folder / "results.tap")) as document:
+            try:
+                with self._booting(kernels) as jobs:
+                    document.write(VERSION, f"1..{len(jobs)}")
+                    outcomes = [self._report(job, number, document) for number, job in enumerate(jobs, 1)]
+            except Interrupted as interrupted:
+                document.write(f"Bail out! {interrupted}")
+                raise
             document.write(ktap.totals_line(Counter(outcomes)))
+        if document.trouble:
+            say(document.trouble)
+            outcomes.append("error")
         return outcomes
 
     # ---- booting ----
