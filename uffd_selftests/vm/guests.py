@@ -70,7 +70,7 @@ class Accelerator:
                 ending = boot(vng.KVM, lambda: self._decide(vng.KVM, turn))
                 if self._known:
                     return ending
-                say("KVM boots no kernel here")
+                say("KVM is there but boots no kernel")
                 self._decide(vng.TCG, turn)
         return boot(self._known, lambda: None)
 

@@ -59,6 +59,8 @@ def main(args: argparse.Namespace, passed: Sequence[str]) -> int:
                 raise ValueError(lacking)
             if args.arch != native():
                 raise ValueError(f"--arch {args.arch}: only kernels for {native()} can be booted here")
+            if args.vm_accel == vng.KVM and not vng.kvm_present():
+                raise ValueError("--vm-accel kvm: cannot open /dev/kvm: load kvm_intel or kvm_amd, join the group kvm")
             plan = _plan(args, passed)
             folder = args.output or Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix=f"{PROGRAM}-")))
             return exit_code(Session(args, passed, folder.resolve(), plan).run(kernels))
