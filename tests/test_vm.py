@@ -16,11 +16,14 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from uffd_selftests import cli as command
+from uffd_selftests.harness import reporter
+from uffd_selftests.harness.results import Planned
 from uffd_selftests.vm import guests, images, session, vng
 from uffd_selftests.vm.guests import Accelerator, Ending, Guest
 from uffd_selftests.vm.verdict import judge
@@ -257,6 +260,20 @@ def test_running_case() -> None:
     assert watch.running == ""
     assert not watch.console("uffd-selftests: something for people")
     assert watch.messages == ["something for people"]
+
+
+def test_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The suite notes in the kernel's log what the watch reads on the console."""
+    monkeypatch.setattr(reporter, "KMSG", str(tmp_path / "kmsg"))
+    settings: Any = SimpleNamespace(folder=None, ktap_fd=None, progress=False, kmsg=True)
+    signals: Any = None
+    writer = reporter.Reporter(settings, signals)
+    writer.begin([Planned("test_move.py::test_move[anon]", "move on anon", "move")], [])
+    writer.pytest_runtest_logstart("test_move.py::test_move[anon]")
+    watch = Watch()
+    assert watch.console(f"[    1.0] {(tmp_path / 'kmsg').read_text().rstrip()}")
+    assert watch.running == "move on anon"
+    writer.close()
 
 
 # ---- how a machine ends --------------------------------------------------------------------------------------------
