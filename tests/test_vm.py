@@ -155,10 +155,12 @@ def test_package_without_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_names() -> None:
-    """Kernels of one release are told apart by what the user named, then by number."""
+    """Kernels of one release are told apart with what the user named, then by number."""
     names = [("6.1", "a/vmlinuz-6.1"), ("6.12", "tree"), ("6.12", "vmlinuz-6.12-debug"), ("6.12", "other/tree")]
     kernels = [images.Kernel(Path(path), name, Path(path)) for name, path in names]
-    assert [kernel.name for kernel in images.distinguish(kernels)] == ["6.1", "tree-1", "vmlinuz-6.12-debug", "tree-2"]
+    assert [kernel.name for kernel in images.distinguish(kernels)] == [
+        *("6.1", "6.12-tree", "6.12-vmlinuz-6.12-debug", "6.12-tree-2"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -68,15 +68,24 @@ def find(origin: str, arch: str) -> Kernel:
 
 
 def distinguish(kernels: Iterable[Kernel]) -> list[Kernel]:
-    """Give kernels of the same name different ones: what the user named, then a number."""
-    kernels = list(kernels)
-    for rename in (lambda kernel, _: kernel.origin.name, lambda kernel, number: f"{kernel.name}-{number}"):
-        count = Counter(kernel.name for kernel in kernels)
-        seen: Counter[str] = Counter()
-        for index, kernel in enumerate(kernels):
-            seen[kernel.name] += 1
-            if count[kernel.name] > 1:
-                kernels[index] = replace(kernel, name=rename(kernel, seen[kernel.name]))
+    """Give kernels of the same name different ones: with what the user named, then with a number."""
+    return _numbered(_with_origin(list(kernels)))
+
+
+def _with_origin(kernels: list[Kernel]) -> list[Kernel]:
+    count = Counter(kernel.name for kernel in kernels)
+    return [
+        replace(kernel, name=f"{kernel.name}-{kernel.origin.name}") if count[kernel.name] > 1 else kernel
+        for kernel in kernels
+    ]
+
+
+def _numbered(kernels: list[Kernel]) -> list[Kernel]:
+    seen: Counter[str] = Counter()
+    for index, kernel in enumerate(kernels):
+        seen[kernel.name] += 1
+        if seen[kernel.name] > 1:
+            kernels[index] = replace(kernel, name=f"{kernel.name}-{seen[kernel.name]}")
     return kernels
 
 
