@@ -21,8 +21,8 @@ NOTHING = "nothing could be tested"
 NO_ROOT = "Unable to mount root fs"
 """What a kernel dies of that cannot read the host's files."""
 ROOT_ADVICE = (
-    "it cannot read the host's files: build CONFIG_9P_FS and CONFIG_NET_9P_VIRTIO into it, "
-    "or keep its modules in lib/modules above the image"
+    "it cannot read the host's files: give it the options in uffd_selftests/vm/guest.config, "
+    "and keep its modules, if it has some, in lib/modules above the image"
 )
 
 
