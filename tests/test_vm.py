@@ -375,6 +375,19 @@ def test_kvm_that_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said == ["KVM is there but boots no kernel"]
 
 
+def test_kvm_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that was ended says nothing about KVM, and no other follows."""
+    monkeypatch.setattr(vng, "kvm_present", lambda: True)
+    tried = []
+
+    def boot(how: str, _alive: Callable[[], None]) -> Ending:
+        tried.append(how)
+        return Ending(Watch(), 255, stopped=True)
+
+    Accelerator("auto").run(boot, pytest.fail)
+    assert tried == ["kvm"]
+
+
 def test_kvm_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
     """As soon as a kernel is alive the others may boot; that it dies later is not KVM's fault."""
     monkeypatch.setattr(vng, "kvm_present", lambda: True)

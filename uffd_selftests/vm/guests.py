@@ -48,6 +48,8 @@ class Ending:
     """Seconds without progress, if that is why it was ended."""
     trouble: str = ""
     """Why the console could not be written down."""
+    stopped: bool = False
+    """It was ended from outside."""
 
 
 class Accelerator:
@@ -68,7 +70,7 @@ class Accelerator:
             turn.enter_context(self._turn)
             if not self._known:
                 ending = boot(vng.KVM, lambda: self._decide(vng.KVM, turn))
-                if self._known:
+                if self._known or ending.stopped:
                     return ending
                 say("KVM is there but boots no kernel")
                 self._decide(vng.TCG, turn)
@@ -116,7 +118,7 @@ class Guest:
             watch = Watch()
             with self._lock:
                 if self._stopped:
-                    return Ending(watch, 255)
+                    return Ending(watch, 255, stopped=True)
                 self._process = process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                     env=vng.environment(Path(scratch)), start_new_session=True,
@@ -132,7 +134,7 @@ class Guest:
                         code = process.wait()
                     shell.kill()
             attendant.close()
-        return Ending(watch, code, timeout, attendant.trouble)
+        return Ending(watch, code, timeout, attendant.trouble, self._stopped)
 
 
 class _Attendant:

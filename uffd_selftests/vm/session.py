@@ -206,6 +206,7 @@ class Session:
             try:
                 yield jobs
             finally:
+                threads.shutdown(wait=False, cancel_futures=True)
                 for job in jobs:
                     job.guest.stop()
 
