@@ -6,19 +6,13 @@ The files of ``-o DIR``:
 results.tap
     The KTAP of the run.
 results.json
-    ``{"results": [...], "totals": {outcome: count}, "interrupted": "" or why the run ended early,
-    "exitstatus": pytest's, "options": {...}, "versions": {...}}``. Each result has ``name`` (unique), ``outcome``
-    (pass, fail, xfail, xpass, skip, error, timeout), ``reason`` (string, may be empty), ``seconds`` (float),
-    ``diagnostics`` (lines), ``nodeid``, ``case``, ``variant`` and ``mem`` (string or null), ``promise``, ``rows``
-    (promises of docs/contract.md), ``kind`` (promise, detail, version; empty for what is no case), ``defect`` (null, or
-    ``id``, ``summary``, ``kernels``, ``advice``) and ``hugepages`` (how many it takes). Results are in the order in
-    which they came.
+    Everything about the run in one document; docs/results.md describes it.
 environment.json
-    ``{"facts": {...}, "changed": {}, "hugepage_shortage": null, "kernel_log_unreadable": null, "tainted": ""}``:
-    what was probed (kernel.Facts), what was changed for the run (``hugepages``: ``size`` in bytes and pages ``added``),
-    why there were too few huge pages, why the kernel log could not be watched, and the letters of the taint flags.
+    What was found on the machine and what was changed there; a part of results.json, too.
 dmesg.txt
     What the kernel logged during the run.
+report.html
+    results.json as a page for people.
 """
 
 from __future__ import annotations
@@ -29,7 +23,9 @@ import os
 import platform
 import signal
 import sys
+import time
 from collections import Counter
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, TextIO
 
 import pytest
@@ -44,7 +40,10 @@ if TYPE_CHECKING:
     from uffd_selftests.harness.interrupts import Signals
     from uffd_selftests.harness.settings import Settings
 
-FILES = ("results.tap", "results.json", "environment.json", "dmesg.txt")
+FILES = ("results.tap", "results.json", "environment.json", "dmesg.txt", "report.html")
+
+FORMAT = 1
+"""The version of results.json: raised when what a reader knows changes its meaning or goes away, not for additions."""
 
 
 class Reporter:
@@ -58,6 +57,8 @@ class Reporter:
         self._progress = sys.stderr if settings.progress and sys.stderr.isatty() else None
         self._signals = signals
         self._planned = 0
+        self._started = datetime.now(timezone.utc)
+        self._clock = time.monotonic()
         self._streams: list[TextIO] = []
         if settings.ktap_fd is not None:
             self._streams.append(open(settings.ktap_fd, "w", closefd=False))  # noqa: SIM115  # open as long as this is
@@ -144,9 +145,15 @@ class Reporter:
             text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
             (self._folder / name).write_text(text)
 
-    def summary(self, interrupted: str, exitstatus: int, options: dict[str, Any]) -> dict[str, Any]:
+    def summary(
+        self, interrupted: str, exitstatus: int, options: dict[str, Any], environment: dict[str, Any]
+    ) -> dict[str, Any]:
         """Return the content of results.json."""
         return {
+            "format": FORMAT,
+            "started": self._started.isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - self._clock, 3),
+            "planned": self._planned,
             "results": [result.to_dict() for result in self.results],
             "totals": dict(self.totals),
             "interrupted": interrupted,
@@ -158,6 +165,7 @@ class Reporter:
                 "python": platform.python_version(),
                 "pytest": pytest.__version__,
             },
+            "environment": environment,
         }
 
     def _show(self, text: str) -> None:

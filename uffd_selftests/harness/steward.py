@@ -156,22 +156,26 @@ class Steward:
         self._problems.append(Result(Planned(name, name, name), "fail", diagnostics=lines))
 
     def _documents(self, ended_by: str, exitstatus: int) -> dict[str, Any]:
-        changed = {"hugepages": {"size": self._pool.size, "added": self._pool.added}} if self._pool else {}
+        environment = self._environment()
         return {
-            "results.json": self._summary(ended_by, exitstatus),
-            "environment.json": {
-                "facts": self.facts.to_dict(),
-                "changed": changed,
-                "hugepage_shortage": self._pool.shortage if self._pool else None,
-                "kernel_log_unreadable": self.health.unreadable or None,
-                "tainted": self.health.taints(),
-            },
+            "results.json": self._summary(ended_by, exitstatus, environment),
+            "environment.json": environment,
             "dmesg.txt": "".join(f"{record}\n" for record in self.health.records),
         }
 
-    def _summary(self, ended_by: str, exitstatus: int) -> dict[str, Any]:
+    def _environment(self) -> dict[str, Any]:
+        changed = {"hugepages": {"size": self._pool.size, "added": self._pool.added}} if self._pool else {}
+        return {
+            "facts": self.facts.to_dict(),
+            "changed": changed,
+            "hugepage_shortage": self._pool.shortage if self._pool else None,
+            "kernel_log_unreadable": self.health.unreadable or None,
+            "tainted": self.health.taints(),
+        }
+
+    def _summary(self, ended_by: str, exitstatus: int, environment: dict[str, Any]) -> dict[str, Any]:
         options = {**self._settings.to_dict(), "keyword": self._config.option.keyword, "workers": len(self._workers)}
-        return self._reporter.summary(ended_by, exitstatus, options) if self._reporter else {}
+        return self._reporter.summary(ended_by, exitstatus, options, environment) if self._reporter else {}
 
     @pytest.hookimpl
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
