@@ -145,6 +145,17 @@ class Reporter:
             text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
             (self._folder / name).write_text(text)
 
+    def write_page(self) -> None:
+        """Write report.html from results.json; one that cannot be made is no failure of the run."""
+        if not self._folder:
+            return
+        from uffd_selftests.report import command, model  # noqa: PLC0415  # few runs want it
+
+        try:
+            command.write([model.load(self._folder / "results.json")], self._folder / "report.html")
+        except ValueError as error:
+            sys.stderr.write(f"uffd-selftests: no report.html: {error}\n")
+
     def summary(
         self, interrupted: str, exitstatus: int, options: dict[str, Any], environment: dict[str, Any]
     ) -> dict[str, Any]:

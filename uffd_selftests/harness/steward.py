@@ -138,12 +138,15 @@ class Steward:
         if self._problems and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
         ended_by = self._ended_by or str(session.shouldfail or session.shouldstop or "")
-        if self._reporter and (self._begun or ended_by):
+        reporter = self._reporter if self._begun or ended_by else None
+        if reporter:
             for problem in self._problems:
-                self._reporter.add(problem)
-            self._reporter.finish(ended_by)
-            self._reporter.write_files(self._documents(ended_by, int(session.exitstatus)))
+                reporter.add(problem)
+            reporter.finish(ended_by)
+            reporter.write_files(self._documents(ended_by, int(session.exitstatus)))
         self.close()
+        if reporter:
+            reporter.write_page()
 
     def _judge_run(self) -> None:
         """Find what no single result can be blamed for."""
