@@ -62,7 +62,7 @@ def render(runs: list[Run]) -> str:
 
 def _asset(name: str) -> Markup:
     """Return a file of the package's that goes into the page as it is."""
-    return Markup(resources.files(__package__).joinpath("templates", name).read_text("utf-8"))
+    return Markup(resources.files(__package__).joinpath(f"templates/{name}").read_text("utf-8"))
 
 
 def _engine() -> jinja2.Environment:

@@ -24,7 +24,7 @@ NO_CASE = "The run itself"
 
 MAX_DIAGNOSTICS = 60
 """How many lines of diagnostics one result shows."""
-DIAGNOSTICS_BUDGET = 150_000
+DIAGNOSTICS_BUDGET = 100_000
 """How many characters of diagnostics a page shows; when all is broken, the first ones tell enough."""
 
 Outcomes = list[str | None]
