@@ -162,6 +162,7 @@ def test_interrupted_and_partial_runs_say_so(folder: Folder) -> None:
         "6.18", result("a"), planned=2052, interrupted="SIGINT", options={"filters": ["move"], "keyword": "anon"}
     )
     text = folder.page(run).text
+    assert "As far as the run came, this kernel keeps" in text
     assert "The run ended early (SIGINT): 1 of 2052 results came." in text
     assert "Only a part of the suite was run: -f move -k 'anon'." in text
 

@@ -254,8 +254,9 @@ class Group:
 
     @property
     def differs(self) -> bool:
-        """Whether the runs differ."""
-        return any(counts != self.per_run[0] for counts in self.per_run)
+        """Whether the runs differ, as far as they have such results."""
+        shown = {frozenset(outcome for outcome in counts if outcome) for counts in self.per_run}
+        return len(shown - {frozenset()}) > 1
 
     @property
     def mems(self) -> str:
@@ -301,9 +302,10 @@ def differences(lines: list[Line], runs: list[Run]) -> list[Group]:
             group.order, group.id, group.title, group.slug = 1, defect.id, defect.summary, line.slug
             return f"defect {defect.id}", group
         group.order = 2
-        reasons = (result.reason.partition("; ")[0] for result in results if result.outcome == "skip")
-        group.title = "; ".join(dict.fromkeys(reasons))  # the first thing missing; the list of skips has them all
-        if not group.title:
+        if differ(results):  # the first thing missing; the list of skips has them all
+            reasons = (result.reason.partition("; ")[0] for result in results if result.outcome == "skip")
+            group.title = "; ".join(dict.fromkeys(reasons)) or line.newest.promise or line.name
+        else:
             group.order = 3
             without = (run.label for run, result in zip(runs, cell, strict=True) if not result)
             group.title = f"No such result in {', '.join(without)}"
@@ -391,7 +393,8 @@ def headline(runs: list[Run], lines: list[Line]) -> str:
     if len(runs) == 1:
         gone = _defect_ids(runs[0], "xpass")
         more = f" {count(len(gone), 'known defect')} did not show." if gone else ""
-        return f"This kernel {verdict(runs[0])}.{more}"
+        start = "As far as the run came, this" if runs[0].interrupted or runs[0].missing else "This"
+        return f"{start} kernel {verdict(runs[0])}.{more}"
     breaking = sum(1 for run in runs if _broken_lines(run))
     broken_promises = count(len({name for run in runs for name in _broken_lines(run)}), "promise")
     different = sum(1 for line in lines if line.differs)
