@@ -396,6 +396,29 @@ def test_a_run_writes_its_page(cli: Starter, suite: SuiteWriter) -> None:
     assert (run.document["format"], run.document["planned"]) == (1, 2)
 
 
+def test_full_disk(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    """A page that does not fit is said to be missing."""
+    good = folder.document("6.18", result("a"))
+    assert main([str(good), "-o", "/dev/full"]) == 2
+    assert capsys.readouterr().err == "uffd-selftests report: cannot write /dev/full: No space left on device\n"
+
+
+def test_run_on_a_full_disk(cli: Starter, suite: SuiteWriter, tmp_path: Path) -> None:
+    """Results that cannot be written are one line and a failure; what went to stdout is whole."""
+    out = tmp_path / "out"
+    tests = suite.write(f"""
+        @uffd_case("fills")
+        def test_fills():
+            os.symlink("/dev/full", "{out}/results.json")
+    """)
+    run = cli.run("-o", str(out), "--", tests)
+    assert run.code == 1
+    assert "uffd-selftests: cannot write the results: No space left on device\n" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert run.stdout.splitlines()[-1].startswith("# Totals: pass:1 ")
+    assert not (out / "results.json").exists()
+
+
 def test_report_without_jinja2(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is said what to install."""
     monkeypatch.setitem(sys.modules, "uffd_selftests.report.page", None)

@@ -138,23 +138,34 @@ class Reporter:
                 self._ktap.bail_out(interrupted)
 
     def write_files(self, documents: dict[str, Any]) -> None:
-        """Write files of the given names into the folder, as text or as JSON."""
+        """Write files of the given names into the folder, as text or as JSON; raises OSError, leaving no half file."""
         if not self._folder:
             return
         for name, content in documents.items():
             text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-            (self._folder / name).write_text(text)
+            try:
+                (self._folder / name).write_text(text)
+            except OSError:
+                (self._folder / name).unlink(missing_ok=True)
+                raise
 
     def write_page(self) -> None:
         """Write report.html from results.json; one that cannot be made is no failure of the run."""
-        if not self._folder:
+        source = self._folder and self._folder / "results.json"
+        if not source or not source.exists():
             return
         from uffd_selftests.report import command, model  # noqa: PLC0415  # few runs want it
 
         try:
-            command.write([model.load(self._folder / "results.json")], self._folder / "report.html")
+            command.write([model.load(source)], source.with_name("report.html"))
         except ValueError as error:
             sys.stderr.write(f"uffd-selftests: no report.html: {error}\n")
+
+    def complain(self, error: OSError | None) -> bool:
+        """Say that the reports are not whole, if so, because of an error or of one before."""
+        if error := error or self._ktap.failure:
+            sys.stderr.write(f"uffd-selftests: cannot write the results: {error.strerror}\n")
+        return error is not None
 
     def summary(
         self, interrupted: str, exitstatus: int, options: dict[str, Any], environment: dict[str, Any]

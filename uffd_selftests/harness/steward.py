@@ -19,6 +19,8 @@ from uffd_selftests.harness.health import HugepageUse, KernelHealth
 from uffd_selftests.harness.results import Planned, Result
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from uffd_selftests.harness.interrupts import Signals
     from uffd_selftests.harness.reporter import Reporter
     from uffd_selftests.harness.settings import Settings
@@ -130,23 +132,37 @@ class Steward:
         """Remember why the run ends early."""
         self._ended_by = f"internal error: {_last_line(excrepr)}"
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Judge the run as a whole, write what is left to write and put the machine back; xdist's workers are gone."""
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, None, None]:
+        """End the run when xdist's workers are gone and junit.xml is written, or cannot be."""
+        failure: OSError | None = None
+        try:
+            yield
+        except OSError as error:
+            failure = error
         if self._begun:
             self._judge_run()
         if self._problems and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        ended_by = self._ended_by or str(session.shouldfail or session.shouldstop or "")
-        reporter = self._reporter if self._begun or ended_by else None
-        if reporter:
-            for problem in self._problems:
-                reporter.add(problem)
-            reporter.finish(ended_by)
-            reporter.write_files(self._documents(ended_by, int(session.exitstatus)))
+        self._write(session, failure)
         self.close()
-        if reporter:
-            reporter.write_page()
+        if self._reporter:
+            self._reporter.write_page()
+
+    def _write(self, session: pytest.Session, failure: OSError | None) -> None:
+        """Write what is left to write; the run fails if it cannot."""
+        ended_by = self._ended_by or str(session.shouldfail or session.shouldstop or "")
+        if not self._reporter or not (self._begun or ended_by):
+            return
+        for problem in self._problems:
+            self._reporter.add(problem)
+        self._reporter.finish(ended_by)
+        try:
+            self._reporter.write_files(self._documents(ended_by, int(session.exitstatus)))
+        except OSError as error:
+            failure = error
+        if self._reporter.complain(failure) and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def _judge_run(self) -> None:
         """Find what no single result can be blamed for."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
 from uffd_selftests.report.model import load
 
@@ -58,7 +58,20 @@ def write(runs: list[Run], output: Path) -> None:
         from uffd_selftests.report.page import render  # noqa: PLC0415  # slow to load, and few runs want it
     except ModuleNotFoundError as error:
         raise ValueError(f"no {error.name}, with which the page is made: pip install jinja2") from None
+    page = render(runs).encode("utf-8", "replace")
     try:
-        output.write_text(render(runs), encoding="utf-8", errors="replace")
+        with output.open("wb") as file:
+            _fill(file, page)
     except OSError as error:
         raise ValueError(f"cannot write {output}: {error.strerror}") from None
+
+
+def _fill(file: BinaryIO, page: bytes) -> None:
+    """Write a page; leave no half of one."""
+    try:
+        file.write(page)
+        file.flush()
+    except OSError:
+        if Path(file.name).is_file():
+            Path(file.name).unlink()
+        raise
