@@ -16,10 +16,12 @@ from uffd_selftests import syscalls, uapi
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
     MINOR,
+    MINOR_FAULTS,
     MISSING,
     RWP,
     UNREGISTERED,
     WP,
+    WRITEPROTECT,
     Context,
     Pagemap,
     Skip,
@@ -36,7 +38,15 @@ from uffd_selftests.common import (
     refuses,
 )
 from uffd_selftests.files import plain_file
-from uffd_selftests.mem_types import ALL, ANON, HUGETLB, HUGETLB_PRIVATE, SHMEM, SHMEM_PRIVATE
+from uffd_selftests.mem_types import (
+    ALL,
+    ANON,
+    EACH_HUGETLB,
+    HUGETLB,
+    NOT_HUGETLB,
+    SHMEM,
+    SHMEM_PRIVATE,
+)
 from uffd_selftests.memory import (
     MAP_ANONYMOUS,
     MAP_FIXED,
@@ -63,11 +73,6 @@ from uffd_selftests.memory import (
 )
 from uffd_selftests.processes import Channel, Child, Waiter, faulting, orphaned, undisturbed, unread_event
 from uffd_selftests.uapi import Feature, PagefaultFlag, RangeIoctls, RegisterMode
-
-NOT_HUGETLB = (ANON, SHMEM, SHMEM_PRIVATE)
-EACH_HUGETLB = (HUGETLB, HUGETLB_PRIVATE)
-WRITEPROTECT = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
-MINOR_FAULTS = Feature.MINOR_HUGETLBFS | Feature.MINOR_SHMEM
 
 MAP_DROPPABLE = 0x08  # include/uapi/linux/mman.h, Linux 6.11
 MAP_HUGETLB = 0x40000
