@@ -177,6 +177,14 @@ def test_a_kernel_that_never_came_up(folder: Folder) -> None:
     assert "Unable to mount root fs" in text
 
 
+def test_skips_of_several_runs(folder: Folder) -> None:
+    """Each reason is told, and in how many results of which run it is one."""
+    old = folder.document("6.1", result("m on anon", "skip", reason=LACKS_MOVE), result("s", "skip", reason="no swap"))
+    new = folder.document("6.18", result("m on anon", "skip", reason="no swap"), result("s", "skip", reason="no swap"))
+    rows = folder.page(old, new).section("skipped").rows()[1:]
+    assert sorted(row[1:] for row in rows) == [["1", ""], ["1", "2"]]
+
+
 # ---- several runs --------------------------------------------------------------------------------------------------
 
 
@@ -274,7 +282,8 @@ def test_nothing_is_taken_for_markup(folder: Folder) -> None:
 def test_page_needs_nothing_else(folder: Folder) -> None:
     """Links lead to places on the page, all of which are there, once; the only script is the one allowed."""
     one = folder.document("6.1", result("a on anon"), result("B (x)", "fail", diagnostics=["x"]), result("b-x", "skip"))
-    two = folder.document("6.18", result("a on anon", "fail"), result("B (x)"), result("odd", rows=["XX-01", "CP-02"]))
+    odd = result("odd", rows=["XX-01", "CP-02"])
+    two = folder.document("6.18", result("a on anon", "fail"), result("B (x)"), result("B-x"), odd)
     page = folder.page(one, two)
     assert page.values("src") == []
     targets = {link[1:] for link in page.values("href") if link.startswith("#")}
@@ -282,7 +291,7 @@ def test_page_needs_nothing_else(folder: Folder) -> None:
     ids = page.values("id")
     assert len(ids) == len(set(ids))
     assert sorted(targets - set(ids)) == []
-    assert {"CP-01", "XX-01", "c-b-x"} <= set(ids)
+    assert {"CP-01", "XX-01", "c-b-x", "c-B-x", "c-B-x-2"} <= set(ids)
     (script,) = re.findall(r"<script>(.*?)</script>", page.source, re.DOTALL)
     assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in page.values("content")[2]
     assert "url(" not in page.source

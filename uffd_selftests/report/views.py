@@ -17,7 +17,11 @@ from uffd_selftests.mem_types import ALL
 from uffd_selftests.report.environment import duration
 from uffd_selftests.report.model import BROKEN, OUTCOMES, Defect, Result, Run
 
-FOLDERS = {"unit": "The kernel's own uffd-unit-tests"}
+FOLDERS = {
+    "unit": "The kernel's own uffd-unit-tests",
+    "mm": "The kernel's other tests of memory management",
+    "stress": "Stress, races and regressions",
+}
 """Folders of cases that are a topic of their own; the cases of ``contract`` are sorted by what they promise."""
 NO_CASE = "The run itself"
 """The topic of results that no case declares."""
@@ -105,7 +109,7 @@ def matrix(runs: list[Run]) -> list[Line]:
             line.cells.setdefault(result.mem, [None] * len(runs))[number] = result
     for line in lines.values():
         line.topic = _topic(line.newest)
-    return sorted(lines.values(), key=lambda line: _topic_rank(line.topic))
+    return sorted(lines.values(), key=lambda line: (*_topic_rank(line.topic), line.place.partition("::")[0]))
 
 
 def _slug(name: str, taken: set[str]) -> str:
