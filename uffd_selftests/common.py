@@ -956,9 +956,9 @@ def require_collapse(ctx: Context) -> None:
         raise Skip(f"no transparent huge page of {ctx.mem} memory to be had: {error} (Linux 6.1)") from None
 
 
-def huge_area(ctx: Context) -> Area:
-    """Map an area that one transparent huge page fills, mapped as such; Skip where none can be had."""
-    area = ctx.allocate(pmd_size() // PAGE_SIZE)
+def huge_area(ctx: Context, count: int = 1) -> Area:
+    """Map an area that so many transparent huge pages fill, mapped as such; Skip where none can be had."""
+    area = ctx.allocate(count * pmd_size() // PAGE_SIZE)
     try:
         advise(area.range, Advice.HUGEPAGE)
         area.fill()

@@ -415,7 +415,7 @@ def hardware_poisoned(area: Area, page: Range) -> Iterator[None]:
         undo = open_debugfs("hwpoison/unpoison-pfn", os.O_WRONLY)
     except OSError as error:
         name = errno_name(error.errno or 0)
-        raise Skip(f"debugfs hwpoison/unpoison-pfn: {name}: modprobe hwpoison-inject") from None
+        raise Skip(f"debugfs hwpoison/unpoison-pfn: {name}: CONFIG_HWPOISON_INJECT: modprobe hwpoison-inject") from None
     pfn = Pagemap.entry(page.start) & PM_PFN_MASK
     try:
         with handled(SIGBUS):  # sent to whoever has it mapped
