@@ -146,6 +146,16 @@ def test_skips_are_grouped_by_reason(folder: Folder) -> None:
     assert section.rows()[1:] == [["no swap space: swapon a files on anon, shmem", "2"]]
 
 
+def test_known_defects(folder: Folder) -> None:
+    """Those that did not show come first; what nobody could look for is not among them; each says what to do."""
+    there = result("d on anon", "xfail", defect=DEFECT)
+    gone = result("e on anon", "xpass", defect={**DEFECT, "id": "D-ZZ-01"})
+    skipped = result("f on anon", "skip", defect={**DEFECT, "id": "D-AA-01"})
+    rows = folder.page(folder.document("6.18", there, gone, skipped)).section("defects").rows()[1:]
+    assert [(row[0], row[2]) for row in rows] == [("D-ZZ-01", "!"), ("D-CP-99", "D")]
+    assert "Do not feed it" in rows[1][1]
+
+
 def test_matrix(folder: Folder) -> None:
     """A line for each case, a column for each memory type, a sign for each outcome."""
     run = folder.document("6.18", result("a on anon"), result("a on hugetlb", "fail"), result("b on anon", "skip"))

@@ -320,7 +320,7 @@ def differences(lines: list[Line], runs: list[Run]) -> list[Group]:
 
 
 def defects(lines: list[Line], runs: list[Run]) -> list[Group]:
-    """Return the known defects, those that did not show somewhere first."""
+    """Return the known defects that were looked for: first those about which runs differ, then those gone."""
 
     def key(line: Line, cell: list[Result | None]) -> tuple[str, Group] | None:
         defect = next((result.defect for result in reversed(cell) if result and result.defect), None)
@@ -330,7 +330,7 @@ def defects(lines: list[Line], runs: list[Run]) -> list[Group]:
             defect.summary, [Counter() for _ in runs], id=defect.id, slug=line.slug, defect=defect
         )
 
-    found = _group(lines, key)
+    found = [group for group in _group(lines, key) if group.rank != OUTCOMES.index("skip")]
     return sorted(found, key=lambda group: (not group.differs, group.rank, group.id))
 
 
