@@ -78,7 +78,6 @@ def _engine() -> jinja2.Environment:
         OUTCOMES=OUTCOMES,
         count=views.count,
         differ=views.differ,
-        duration=environment.duration,
         remarks=views.remarks,
         verdict=views.verdict,
     )

@@ -14,7 +14,6 @@ from typing import Any
 
 from uffd_selftests import contract
 from uffd_selftests.mem_types import ALL
-from uffd_selftests.report.environment import duration
 from uffd_selftests.report.model import BROKEN, OUTCOMES, Defect, Result, Run
 
 FOLDERS = {
@@ -78,17 +77,23 @@ class Line:
                     found.setdefault((result.outcome, result.reason), []).append((mem, number))
         return {key: _where(places, runs) for key, places in found.items()}
 
-    def times(self, runs: list[Run]) -> Iterator[str]:
-        """Say how long the results took, a text for each run: ``6.1.0: anon 0.8 ms, shmem 1.2 ms``."""
-        for number, run in enumerate(runs):
-            taken = {mem: cell[number] for mem, cell in self.cells.items()}
-            times = [
-                f"{mem} {duration(result.seconds)}".lstrip()
-                for mem, result in taken.items()
-                if result and result.outcome != "skip"
-            ]
-            if times:
-                yield (f"{run.label}: " if len(runs) > 1 else "") + ", ".join(times)
+    @property
+    def times(self) -> str:
+        """How long the results took that were not skipped, those of several runs in order: ``anon 0.8 / 1.2 ms``."""
+        parts = []
+        for mem, cell in self.cells.items():
+            times = [_milliseconds(result) for result in cell]
+            if any(times):
+                parts.append(f"{mem} {' / '.join(time or '-' for time in times)}".lstrip())
+        return ", ".join(parts) + " ms" if parts else ""
+
+
+def _milliseconds(result: Result | None) -> str:
+    """Return how long a result took, with two digits that count; nothing for one that was skipped or is not there."""
+    if not result or result.outcome == "skip":
+        return ""
+    milliseconds = result.seconds * 1e3
+    return f"{milliseconds:.1f}" if milliseconds < 9.95 else f"{milliseconds:.0f}"
 
 
 def differ(cell: Iterable[Result | None]) -> bool:
