@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from errno import EAGAIN, EFAULT, EINVAL, EIO, ENOENT, ESRCH
 from functools import partial
 from signal import SIGBUS, SIGSEGV
@@ -571,6 +571,24 @@ def test_writeprotect_dontneed(ctx: Context) -> None:
         if ctx.mem is not ANON:
             poke(area.start, bytes(len(NEW)))
         area.expect_zero(0, 1)
+
+
+@uffd_case(
+    "writeprotect-dontneed-missing",
+    mem=(ANON,),
+    features=Feature.PAGEFAULT_FLAG_WP | Feature.WP_UNPOPULATED,
+    pages=2,
+    rows=("WP-12", "WP-15"),
+)
+def test_writeprotect_dontneed_missing(ctx: Context) -> None:
+    """MADV_DONTNEED also drops the protection of an anonymous page that is not there."""
+    area = ctx.dst
+    ctx.uffd.register(area.range, WP)
+    ctx.uffd.writeprotect(area.range)
+    advise(area.page(0), Advice.DONTNEED)
+    Pagemap.expect_protected(area, {1}, "after dropping page 0")
+    expect_free(ctx.uffd, area, 0)
+    expect_trapped(ctx.uffd, area, 1)
 
 
 KEPT_BY_REMOVE = Defect(
@@ -1152,6 +1170,30 @@ def test_writeprotect_collapse_missing(ctx: Context) -> None:
         collapse(area.range)
     Pagemap.expect_protected(area, {7}, "after MADV_COLLAPSE")
     expect_trapped(ctx.uffd, area, 7)
+
+
+@uffd_case(
+    "writeprotect-collapse-file",
+    mem=(SHMEM,),
+    features=WRITEPROTECT,
+    needs=("thp",),
+    pages=1,
+    rows=("WP-26",),
+    kind=Kind.DETAIL,
+)
+def test_writeprotect_collapse_file(ctx: Context) -> None:
+    """Whatever MADV_COLLAPSE makes of a file, a range watched for writes maps it by base page, protected as before."""
+    require_collapse(ctx)
+    area = small_area(ctx)
+    ctx.uffd.register(area.range, WP)
+    ctx.uffd.writeprotect(area.page(7))
+    with suppress(KernelError):
+        collapse(area.range)
+    expect(pmd_mapped(area.range), 0, "bytes mapped by huge pages")
+    Pagemap.expect_protected(area, {7}, "after MADV_COLLAPSE")
+    expect_free(ctx.uffd, area, 0, area.nr_pages - 1)
+    expect_trapped(ctx.uffd, area, 7)
+    area.expect_pattern_of(area, 8)
 
 
 # ---- other ways to the same page -----------------------------------------------------------------------------------
