@@ -530,7 +530,18 @@ def test_old_results_are_gone(lab: Lab) -> None:
     """A kernel's folder has nothing of an earlier run."""
     lab.run(DIES)
     lab.run("exit 1")
-    assert [path.name for path in (lab.folder / "6.99.1").iterdir()] == ["console.txt"]
+    assert sorted(path.name for path in (lab.folder / "6.99.1").iterdir()) == ["console.txt", "results.json"]
+    document = json.loads((lab.folder / "6.99.1/results.json").read_text())
+    assert (document["results"], document["interrupted"]) == ([], "the kernel never said anything")
+
+
+def test_page(lab: Lab) -> None:
+    """A page shows the kernels side by side, dead ones too."""
+    lab.run(DIES, "exit 1")
+    page = (lab.folder / "report.html").read_text()
+    assert "6.99.1" in page
+    assert "6.99.2" in page
+    assert "kernel panic: Fatal in move on shmem" in page
 
 
 def test_full_disk(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

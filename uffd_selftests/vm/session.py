@@ -26,6 +26,8 @@ import uffd_selftests
 from uffd_selftests.harness import ktap
 from uffd_selftests.harness.interrupts import Interrupted, Signals
 from uffd_selftests.harness.settings import OPTIONS
+from uffd_selftests.report.command import write
+from uffd_selftests.report.model import FORMAT, load
 from uffd_selftests.vm import images, vng
 from uffd_selftests.vm.guests import MARGIN_SECONDS, Accelerator, Ending, Guest
 from uffd_selftests.vm.options import native
@@ -189,6 +191,8 @@ class Session:
                 document.write(f"Bail out! {interrupted}")
                 raise
             document.write(ktap.totals_line(Counter(outcomes)))
+        if self._args.output:
+            self._write_page(kernels)
         if document.trouble:
             say(document.trouble)
             outcomes.append("error")
@@ -255,12 +259,15 @@ class Session:
                 document.write(INDENT + line)
         ending = job.ending.result()
         whole = judge(name, ending)
+        results = reported(ending)
         if ending.watch.planned and not ending.watch.totals:
             rest = unfinished(self._plan, ending, whole)
+            results += rest
             lines = list(_rest_of_document(rest, ending))
             document.write(*(INDENT + line for line in lines))
-            (job.guest.folder / "results.tap").write_text("".join(f"{line}\n" for line in [*heard, *lines]))
-            self._write_results(job, reported(ending) + rest, whole.reason)
+            _write(job.guest.folder / "results.tap", "".join(f"{line}\n" for line in [*heard, *lines]))
+        if not ending.watch.totals:
+            self._write_results(job, results, whole.reason)
         if not ending.watch.running:  # else the case shows them
             document.write(*ktap.diagnostic_lines(whole.diagnostics))
         document.write(ktap.result_line(number, whole))
@@ -269,9 +276,19 @@ class Session:
                 say(f"{name}: {message}")
         return whole.outcome
 
+    def _write_page(self, kernels: Sequence[Kernel]) -> None:
+        """Write report.html, which shows all kernels side by side; one that cannot be made is no failure of the run."""
+        try:
+            runs = [load(self._folder / kernel.name, kernel.name) for kernel in kernels]
+            write(runs, self._folder / "report.html")
+        except ValueError as error:
+            say(f"no report.html: {error}")
+
     def _write_results(self, job: Job, results: list[Result], why: str) -> None:
         """Write what the suite in a guest could not write any more."""
         summary = {
+            "format": FORMAT,
+            "planned": len(results) or len(self._plan),
             "results": [result.to_dict() for result in results],
             "totals": Counter(result.outcome for result in results),
             "interrupted": why,
@@ -279,7 +296,15 @@ class Session:
             "options": {},
             "versions": {"uffd-selftests": uffd_selftests.__version__, "kernel": job.kernel.name},
         }
-        (job.guest.folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
+        _write(job.guest.folder / "results.json", json.dumps(summary, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file of a kernel that has failed already; if that cannot be done, it is only said."""
+    try:
+        path.write_text(text)
+    except OSError as error:
+        say(f"cannot write {path}: {error.strerror}")
 
 
 def _rest_of_document(rest: Sequence[Result], ending: Ending) -> Iterator[str]:
