@@ -11,8 +11,8 @@ results.json
     (pass, fail, xfail, xpass, skip, error, timeout), ``reason`` (string, may be empty), ``seconds`` (float),
     ``diagnostics`` (lines), ``nodeid``, ``case``, ``variant`` and ``mem`` (string or null), ``promise``, ``rows``
     (promises of docs/contract.md), ``kind`` (promise, detail, version; empty for what is no case), ``defect`` (null, or
-    ``id``, ``summary``, ``kernels``, ``advice``) and ``hugepages`` (how many it takes). Results are in the order in
-    which they came.
+    ``id``, ``summary``, ``kernels``, ``advice``), ``bugs`` (numbers of docs/regressions.md) and ``hugepages`` (how
+    many it takes). Results are in the order in which they came.
 environment.json
     ``{"facts": {...}, "changed": {}, "hugepage_shortage": null, "kernel_log_unreadable": null, "tainted": ""}``:
     what was probed (kernel.Facts), what was changed for the run (``hugepages``: ``size`` in bytes and pages ``added``),
