@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,14 +64,14 @@ def toucher(where: Range, unit: int, *, write: bool = False, rounds: int = 1, ba
 
 
 def copier(
-    uffd: Uffd, where: Range, src: int, unit: int, *, backwards: bool = False, again: tuple[int, ...] = (EAGAIN,)
+    uffd: Uffd, where: Range, src: int, unit: int, *, backwards: bool = False, rounds: int = 1
 ) -> Racer:
     """UFFDIO_COPY unit by unit, from ``src`` on."""
     start, stride, count = _stepped(where, unit, backwards=backwards)
     args = (start, src + start - where.start, unit, 0, 0)
     return Racer(
         f"UFFDIO_COPY to {where}", lib.UFFD_RACE_IOCTL, uapi.UFFDIO_COPY, args, (stride, stride), count,
-        fd=uffd.fd, output=4, again=again,
+        rounds, fd=uffd.fd, output=4, again=(EAGAIN,),
     )  # fmt: skip
 
 
@@ -82,6 +83,14 @@ def mover(
     return Racer(
         f"UFFDIO_MOVE to {dst:#x}", lib.UFFD_RACE_IOCTL, uapi.UFFDIO_MOVE, (dst, src, unit, 0, 0), (stride, stride),
         count, fd=uffd.fd, output=4, again=again,
+    )  # fmt: skip
+
+
+def continuer(uffd: Uffd, where: Range, unit: int) -> Racer:
+    """UFFDIO_CONTINUE unit by unit."""
+    return Racer(
+        f"UFFDIO_CONTINUE of {where}", lib.UFFD_RACE_IOCTL, uapi.UFFDIO_CONTINUE, (where.start, unit, 0, 0), (unit,),
+        where.len // unit, fd=uffd.fd, output=3, again=(EAGAIN,),
     )  # fmt: skip
 
 
@@ -103,6 +112,12 @@ def protector(
     return Racer(
         what, lib.UFFD_RACE_IOCTL, uapi.UFFDIO_WRITEPROTECT, args, (unit,), where.len // unit, rounds, fd=uffd.fd
     )
+
+
+def waker(uffd: Uffd, where: Range, *, rounds: int = COMPANION) -> Racer:
+    """UFFDIO_WAKE of the whole range."""
+    what, args = f"UFFDIO_WAKE of {where}", (where.start, where.len)
+    return Racer(what, lib.UFFD_RACE_IOCTL, uapi.UFFDIO_WAKE, args, (), 1, rounds, fd=uffd.fd)
 
 
 def adviser(where: Range, unit: int, advice: Advice, *, rounds: int = 1) -> Racer:
@@ -160,10 +175,11 @@ class Race:
     def __init__(self, *racers: Racer) -> None:
         self._racers = racers
         self._native: Any = ffi.new("struct uffd_racer[]", [_native(racer) for racer in racers])
+        self._race: Any = ffi.NULL
         self._waiter: Waiter | None = None
 
     def __enter__(self) -> Race:
-        race = lib.uffd_race_start(self._native, len(self._racers))
+        race = self._race = lib.uffd_race_start(self._native, len(self._racers))
         if race == ffi.NULL:
             name = errno.errorcode.get(ffi.errno, str(ffi.errno))
             if ffi.errno in (errno.EAGAIN, errno.ENOMEM):
@@ -172,17 +188,26 @@ class Race:
         self._waiter = Waiter(lambda: lib.uffd_race_join(race)).__enter__()
         return self
 
-    @property
-    def over(self) -> bool:
-        """Whether all racers have ended."""
-        return self._waiter is not None and self._waiter.done
-
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        lib.uffd_race_finish(self._race)
         if kind is None:
-            self.wait()
+            self._wait()
 
-    def wait(self) -> None:
-        """Wait until the race is over."""
+    @property
+    def run(self) -> bool:
+        """Whether all racers that have an end have come to it."""
+        return all(native.steps == native.count * native.rounds for native in self._native if native.rounds)
+
+    def reached(self, number: int, steps: int) -> None:
+        """Wait until a racer, counted from 0 on, has made so many steps."""
+        native, what = self._native[number], self._racers[number].what
+        end = time.monotonic() + DEADLINE
+        while native.steps < steps:  # without a pause, in which the race would be over
+            if time.monotonic() > end:
+                raise AssertionError(f"expected {what} to make {steps} steps within {DEADLINE:g} seconds")
+            os.sched_yield()
+
+    def _wait(self) -> None:
         assert self._waiter
         self._waiter.join(DEADLINE)
         if not self._waiter.done:
@@ -194,10 +219,9 @@ class Race:
 
     def _progress(self) -> str:
         unfinished = [
-            f"{racer.what}: {native.steps} of {racer.count * racer.rounds} steps done, "
-            f"{_outcomes(racer, native)}"
+            f"{racer.what}: {native.steps} of {racer.count * racer.rounds} steps done, {_outcomes(racer, native)}"
             for racer, native in zip(self._racers, self._native, strict=True)
-            if racer.rounds != COMPANION and native.steps < racer.count * racer.rounds
+            if native.steps < native.count * native.rounds
         ]
         return "; ".join(unfinished[:3]) or "all racers have ended, but a companion has not"
 

@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -16,7 +17,11 @@
 #include "uffd.h"
 #include "races.h"
 
-enum { STACK_SIZE = 128 << 10 };	/* thousands of threads must fit */
+enum {
+	STACK_SIZE = 128 << 10,	/* thousands of threads must fit */
+	FEW = 16,		/* up to so many threads wait for each other, else they would hardly meet */
+	YIELD = 16,		/* steps after which such a thread lets others run that share its processor */
+};
 
 struct thread {
 	pthread_t id;
@@ -28,6 +33,8 @@ struct uffd_race {
 	pthread_mutex_t lock;
 	pthread_cond_t changed;
 	enum { WAIT, GO, QUIT } gate;
+	bool finish;			/* nothing else is to happen during the race */
+	atomic_uint ready;		/* threads behind the gate */
 	atomic_bool over;		/* those without an end are to stop */
 	uint64_t count;
 	struct thread threads[];
@@ -50,7 +57,8 @@ static unsigned int step(struct uffd_racer *r, const uint64_t args[6])
 	case UFFD_RACE_IOCTL:
 		memcpy(words, args, sizeof(words));
 		ret = ioctl(r->fd, r->number, words) ? errno : 0;
-		if (r->output >= 0 && (int64_t)words[r->output] != (ret ? -ret : (int64_t)args[r->output - 2]))
+		if (r->output >= 0 && ret != EBADF &&
+		    (int64_t)words[r->output] != (ret ? -ret : (int64_t)args[r->output - 2]))
 			r->wrong_outputs++;
 		return ret;
 	}
@@ -75,9 +83,28 @@ static void make_round(struct uffd_race *race, struct uffd_racer *r)
 			r->outcomes[outcome < UFFD_RACE_OUTCOMES ? outcome : EINVAL]++;
 		} while (repeat(r, outcome) && !race->over);
 		__atomic_store_n(&r->steps, r->steps + 1, __ATOMIC_RELAXED);
+		if (race->count <= FEW && i % YIELD == YIELD - 1)
+			sched_yield();
 		for (int w = 0; w < 6; w++)
 			args[w] += r->strides[w];
 	}
+}
+
+/* Have neighbours run on different processors from the first step on: the scheduler would take longer than the race. */
+static void move_to_cpu(unsigned int number)
+{
+	cpu_set_t allowed, one;
+	int cpu = -1;
+
+	if (sched_getaffinity(0, sizeof(allowed), &allowed))
+		return;
+	for (number %= CPU_COUNT(&allowed); cpu < CPU_SETSIZE - 1; ) {
+		if (CPU_ISSET(++cpu, &allowed) && !number--)
+			break;
+	}
+	CPU_ZERO(&one);
+	CPU_SET(cpu, &one);
+	sched_setaffinity(0, sizeof(one), &one);
 }
 
 static void *race_main(void *arg)
@@ -92,6 +119,11 @@ static void *race_main(void *arg)
 	pthread_mutex_unlock(&race->lock);
 	if (race->gate == QUIT)
 		return NULL;
+	if (race->count <= FEW)
+		move_to_cpu(thread - race->threads);
+	race->ready++;
+	while (race->count <= FEW && race->ready < race->count)
+		sched_yield();
 	for (uint64_t round = 0; r->rounds ? round < r->rounds : !race->over; round++)
 		make_round(race, r);
 	return NULL;
@@ -154,9 +186,21 @@ static void join(struct uffd_race *race, bool endless)
 			pthread_join(race->threads[i].id, NULL);
 }
 
+void uffd_race_finish(struct uffd_race *race)
+{
+	pthread_mutex_lock(&race->lock);
+	race->finish = true;
+	pthread_cond_broadcast(&race->changed);
+	pthread_mutex_unlock(&race->lock);
+}
+
 void uffd_race_join(struct uffd_race *race)
 {
 	join(race, false);
+	pthread_mutex_lock(&race->lock);
+	while (!race->finish)
+		pthread_cond_wait(&race->changed, &race->lock);
+	pthread_mutex_unlock(&race->lock);
 	race->over = true;
 	join(race, true);
 	destroy(race);

@@ -34,6 +34,9 @@ struct uffd_race;
 /* Start the threads, which begin at the same time.  NULL and errno on failure. */
 struct uffd_race *uffd_race_start(struct uffd_racer *racers, uint64_t count);
 
-/* Wait for the racers that have an end; then stop those that have none, wait for them and free the race. */
+/* Wait for uffd_race_finish() and for the racers that have an end; then stop the others, and free the race. */
 void uffd_race_join(struct uffd_race *race);
+
+/* Let uffd_race_join(), which another thread has called, come to its end. */
+void uffd_race_finish(struct uffd_race *race);
 

@@ -37,8 +37,20 @@ from uffd_selftests.events import open_userfaultfds
 from uffd_selftests.mem_types import ALL, ANON, HUGETLB, SHMEM, Area
 from uffd_selftests.memory import PAGE_SIZE, PROT_READ, Advice, Range, advise, peek, protect, smaps_fields
 from uffd_selftests.processes import Channel, Child
-from uffd_selftests.races import SUCCESS, Race, adviser, copier, run_race, toucher, zeroer
-from uffd_selftests.uapi import UFFD_USER_MODE_ONLY, Feature
+from uffd_selftests.races import (
+    SUCCESS,
+    Outcomes,
+    Race,
+    Racer,
+    adviser,
+    continuer,
+    copier,
+    protector,
+    run_race,
+    toucher,
+    zeroer,
+)
+from uffd_selftests.uapi import UFFD_USER_MODE_ONLY, Feature, WriteprotectMode
 
 KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK
 SMALL = tuple(mem for mem in ALL if not mem.hugetlb)
@@ -84,7 +96,7 @@ def test_race_copy_sources(ctx: Context) -> None:
         ctx.src.release()
 
 
-@uffd_case("race-fills", mem=SMALL, pages=256, rows=("CP-10", "ZP-03", "CP-41"), smp=True)
+@uffd_case("race-fills", mem=SMALL, pages=512, rows=("CP-10", "ZP-03", "CP-41"), smp=True)
 def test_race_fills(ctx: Context) -> None:
     """Of a copy and a page of zeroes for the same page one succeeds, wholly; the other says EEXIST."""
     ctx.src.fill()
@@ -242,36 +254,70 @@ def empty(area: Area) -> None:
         os.ftruncate(area.fd, area.range.len)
 
 
+MOMENTS = 8
+"""How often a range is unregistered in the midst of something: later each time."""
+
+
+def unregister_midway(ctx: Context, area: Area, moment: int, resolver: Racer, *racers: Racer) -> Outcomes:
+    """Unregister an area, and wake, while racers fault there and another one resolves; return what that one did.
+
+    The racers must come to their end.
+    """
+    with Race(resolver, *racers) as race:
+        race.reached(0, resolver.count * moment // MOMENTS)
+        ctx.uffd.release(area.range)
+    resolved, *touches = race.outcomes
+    resolved.expect_only(SUCCESS, ENOENT)
+    for each in touches:
+        each.expect_only(SUCCESS)
+    ctx.uffd.expect_asleep(0)
+    ctx.uffd.expect_no_message()
+    return resolved
+
+
+def both_ways(area: Area, *, write: bool = False) -> tuple[Racer, Racer]:
+    """Two threads that touch an area, one from its start and one from its end on."""
+    forth, back = (toucher(area.range, area.page_size, write=write, backwards=way) for way in (False, True))
+    return forth, back
+
+
+def many_pages(ctx: Context) -> tuple[Area, Area]:
+    """Map a filled source and an empty destination of as many pages as a thread gets through in a moment."""
+    source, area = (ctx.src, ctx.dst) if ctx.mem.hugetlb else (ctx.allocate(1024), ctx.allocate(1024))
+    source.fill()
+    return source, area
+
+
+@uffd_case("race-unregister", mem=ALL, pages=8, rows=("UNR-09", "CP-08"), smp=True)
+def test_race_unregister(ctx: Context) -> None:
+    """When a range is unregistered, and then woken, while threads fault in it and another copies, none sleeps on."""
+    source, area = many_pages(ctx)
+    for moment in range(MOMENTS):
+        ctx.uffd.register(area.range, MISSING)
+        data = copier(ctx.uffd, area.range, source.start, area.page_size)
+        unregister_midway(ctx, area, moment, data, *both_ways(area))
+        empty(area)
+
+
 @uffd_case(
-    "race-unregister",
+    "race-unregister-wp",
     mem=ALL,
     features=Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM,
-    variants=("missing", "wp"),
     pages=8,
-    rows=("UNR-09", "UNR-11"),
+    rows=("UNR-11", "WP-09"),
     smp=True,
 )
-def test_race_unregister(ctx: Context, variant: str) -> None:
-    """When a range is unregistered and then woken while threads fault in it, none of them sleeps on."""
-    ctx.src.fill()
-    for _ in range(10):
-        if variant == "wp":
-            ctx.dst.fill()
-            ctx.uffd.register(ctx.dst.range, WP)
-            ctx.uffd.writeprotect(ctx.dst.range)
-        else:
-            ctx.uffd.register(ctx.dst.range, MISSING)
-        touchers = [
-            toucher(ctx.dst.range, ctx.page_size, write=True, backwards=backwards) for backwards in (False, True, False)
-        ]
-        with Race(*touchers) as race:
-            expect(ctx.uffd.readable(DEADLINE), True, "readable, with a fault")
-            ctx.uffd.release(ctx.dst.range)
-        for touches in race.outcomes:
-            touches.expect_only(SUCCESS)
-        ctx.uffd.expect_asleep(0)
-        ctx.uffd.expect_no_message()
-        empty(ctx.dst)
+def test_race_unregister_wp(ctx: Context) -> None:
+    """The same with threads that write to protected pages, and one that takes the protection off page by page."""
+    _, area = many_pages(ctx)
+    area.fill()
+    for moment in range(MOMENTS):
+        ctx.uffd.register(area.range, WP)
+        ctx.uffd.writeprotect(area.range)
+        mercy = protector(ctx.uffd, area.range, area.page_size, WriteprotectMode(0))
+        unregister_midway(ctx, area, moment, mercy, *both_ways(area, write=True))
+        Pagemap.expect_protected(area, (), "after UFFDIO_UNREGISTER")
+    area.expect_pattern_of(area)
 
 
 @uffd_case(
@@ -279,37 +325,31 @@ def test_race_unregister(ctx: Context, variant: str) -> None:
     mem=(SHMEM, HUGETLB),
     features=Feature.MINOR_SHMEM | Feature.MINOR_HUGETLBFS,
     pages=8,
-    rows=("UNR-12",),
+    rows=("UNR-12", "CT-09"),
     smp=True,
 )
 def test_race_unregister_minor(ctx: Context) -> None:
-    """When a range is unregistered and then woken while threads meet minor faults in it, none of them sleeps on."""
-    ctx.dst.pattern.fill(ctx.dst.alias.start, 0, ctx.nr_pages)
-    for _ in range(10):
-        ctx.uffd.register(ctx.dst.range, MINOR)
-        with Race(*(toucher(ctx.dst.range, ctx.page_size, backwards=way) for way in (False, True))) as race:
-            expect(ctx.uffd.readable(DEADLINE), True, "readable, with a fault")
-            ctx.uffd.release(ctx.dst.range)
-        for touches in race.outcomes:
-            touches.expect_only(SUCCESS)
-        ctx.uffd.expect_asleep(0)
-        ctx.dst.expect_pattern(ctx.dst.range)
-        advise(ctx.dst.range, Advice.DONTNEED)  # unmapped, but still in the page cache
+    """The same with threads that meet minor faults, and one that continues page by page."""
+    _, area = many_pages(ctx)
+    area.pattern.fill(area.alias.start, 0, area.nr_pages)
+    for moment in range(MOMENTS):
+        ctx.uffd.register(area.range, MINOR)
+        unregister_midway(ctx, area, moment, continuer(ctx.uffd, area.range, area.page_size), *both_ways(area))
+        area.expect_pattern(area.range)
+        advise(area.range, Advice.DONTNEED)  # unmapped, but still in the page cache
 
 
 @uffd_case("race-fills-unregister", mem=ALL, pages=8, rows=("CP-08", "UNR-01"), smp=True)
 def test_race_fills_unregister(ctx: Context) -> None:
-    """A copy to a range that is being unregistered is done, or ENOENT and nothing of it is there."""
-    ctx.src.fill()
-    for _ in range(10):
-        ctx.uffd.register(ctx.dst.range, MISSING)
-        with Race(copier(ctx.uffd, ctx.dst.range, ctx.src.start, ctx.page_size)) as race:
-            ctx.uffd.unregister(ctx.dst.range)
-        (copies,) = race.outcomes
-        copies.expect_only(SUCCESS, ENOENT)
-        Pagemap.expect_present(ctx.dst, *range(copies[SUCCESS]))
-        ctx.dst.expect_pattern_of(ctx.src, 0, copies[SUCCESS])
-        ctx.dst.release()
+    """Copies to a range that is being unregistered are done up to some page, and ENOENT from there on."""
+    source, area = many_pages(ctx)
+    for moment in range(MOMENTS):
+        ctx.uffd.register(area.range, MISSING)
+        copies = unregister_midway(ctx, area, moment, copier(ctx.uffd, area.range, source.start, area.page_size))
+        done = copies[SUCCESS]
+        Pagemap.expect_present(area, *range(done))
+        area.expect_pattern_of(source, 0, done)
+        area.release()
 
 
 # ---- many readers, threads, mappings, handles ----------------------------------------------------------------------
@@ -338,9 +378,9 @@ def test_race_readers(ctx: Context, variant: str) -> None:
             )
             ctx.dst.expect_pattern_of(ctx.src)
             ctx.dst.release()
-        counts = [handler.stats for handler in handlers]
-        expect(sum(each.missing for each in counts), rounds * ctx.nr_pages, "messages that the readers got, in all")
-        expect(sum(each.resolved for each in counts), rounds * ctx.nr_pages, "faults that they resolved")
+    counts = [handler.stats for handler in handlers]
+    expect(sum(each.missing for each in counts), rounds * ctx.nr_pages, "messages that the readers got, in all")
+    expect(sum(each.resolved for each in counts), rounds * ctx.nr_pages, "faults that they resolved")
 
 
 @uffd_case("race-readers-close", mem=(ANON, SHMEM), pages=64, rows=("CL-01", "CL-03", "RD-10"), smp=True)
@@ -401,12 +441,12 @@ def test_race_thousand_threads(ctx: Context) -> None:
     ctx.dst.expect_pattern_of(ctx.src)
 
 
-MAPPINGS = 4000
+MAPPINGS = 2048
 
 
 @uffd_case("race-thousand-mappings", mem=(ANON, SHMEM), pages=MAPPINGS, rows=("REG-37", "UNR-08"), smp=True)
 def test_race_thousand_mappings(ctx: Context) -> None:
-    """Four thousand mappings are registered, served and unregistered with one call, while threads fault in them."""
+    """Two thousand mappings are registered, served and unregistered with one call, while threads fault in them."""
     for page in range(0, MAPPINGS, 2):
         protect(ctx.dst.page(page), PROT_READ)
     ctx.src.fill()
