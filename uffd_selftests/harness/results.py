@@ -44,10 +44,10 @@ class Planned:
     """What stands behind the case: promise, detail or version."""
     defect: dict[str, str] | None = None
     """The known defect of kernels (id, summary, kernels, advice) that makes it an expected failure."""
-    bugs: tuple[int, ...] = ()
-    """The bugs of docs/regressions.md that would make it fail."""
     hugepages: int = 0
     """Huge pages of the default size that it takes; 0 when it is skipped for lack of something else."""
+    bugs: tuple[int, ...] = ()
+    """The bugs of docs/regressions.md that would make it fail."""
 
     @classmethod
     def of(cls, item: pytest.Item, area_bytes: int, facts: Facts | None) -> Planned:
@@ -66,8 +66,8 @@ class Planned:
             case.rows,
             case.kind.value,
             dataclasses.asdict(case.defect) if case.defect else None,
-            case.bugs,
             0 if facts and missing(case, mem, facts) else hugepages_needed(case, mem, area_bytes),
+            case.bugs,
         )
 
     @classmethod
