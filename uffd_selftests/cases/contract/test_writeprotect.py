@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from errno import EAGAIN, EFAULT, EINVAL, EIO, ENOENT, ESRCH
 from functools import partial
 from signal import SIGBUS, SIGSEGV
@@ -15,6 +15,7 @@ from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
     MISSING,
     WP,
+    WRITEPROTECT,
     Action,
     Context,
     Fault,
@@ -35,7 +36,19 @@ from uffd_selftests.common import (
     small_area,
     swap_out,
 )
-from uffd_selftests.mem_types import ALL, ANON, HUGETLB, HUGETLB_PRIVATE, SHMEM, SHMEM_PRIVATE, Area, pmd_size
+from uffd_selftests.mem_types import (
+    ALL,
+    ANON,
+    FILE_BACKED,
+    HUGETLB,
+    HUGETLB_PRIVATE,
+    PRIVATE,
+    SHARED,
+    SHMEM,
+    SHMEM_PRIVATE,
+    Area,
+    pmd_size,
+)
 from uffd_selftests.memory import (
     MAP_SHARED,
     PAGE_SIZE,
@@ -49,6 +62,7 @@ from uffd_selftests.memory import (
     advise,
     map_memory,
     peek,
+    pmd_mapped,
     poke,
     protect,
     remap,
@@ -60,11 +74,6 @@ from uffd_selftests.memory import (
 from uffd_selftests.processes import Channel, Child, Waiter, faulting, undisturbed, unread_event
 from uffd_selftests.uapi import CopyMode, Feature, PagefaultFlag, WriteprotectMode
 
-FILE_BACKED = (SHMEM, SHMEM_PRIVATE, HUGETLB, HUGETLB_PRIVATE)
-SHARED = (SHMEM, HUGETLB)
-PRIVATE = (ANON, SHMEM_PRIVATE, HUGETLB_PRIVATE)
-
-WRITEPROTECT = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
 SEVERAL_MAPPINGS = WRITEPROTECT | Feature.WP_UNPOPULATED
 """Since the release that brought this feature the range of one call may span several mappings (mwriteprotect_range)."""
 TRAPPED = PagefaultFlag.WRITE | PagefaultFlag.WP
@@ -564,6 +573,24 @@ def test_writeprotect_dontneed(ctx: Context) -> None:
         area.expect_zero(0, 1)
 
 
+@uffd_case(
+    "writeprotect-dontneed-missing",
+    mem=(ANON,),
+    features=Feature.PAGEFAULT_FLAG_WP | Feature.WP_UNPOPULATED,
+    pages=2,
+    rows=("WP-12", "WP-15"),
+)
+def test_writeprotect_dontneed_missing(ctx: Context) -> None:
+    """MADV_DONTNEED also drops the protection of an anonymous page that is not there."""
+    area = ctx.dst
+    ctx.uffd.register(area.range, WP)
+    ctx.uffd.writeprotect(area.range)
+    advise(area.page(0), Advice.DONTNEED)
+    Pagemap.expect_protected(area, {1}, "after dropping page 0")
+    expect_free(ctx.uffd, area, 0)
+    expect_trapped(ctx.uffd, area, 1)
+
+
 KEPT_BY_REMOVE = Defect(
     id="D-WP-16",
     summary="MADV_REMOVE leaves the pages that it drops protected: the next write to each is trapped",
@@ -1018,6 +1045,27 @@ def test_writeprotect_thp_whole(ctx: Context) -> None:
 
 
 @uffd_case(
+    "writeprotect-thp-mprotect",
+    mem=(ANON,),
+    features=WRITEPROTECT,
+    needs=("thp",),
+    pages=1,
+    rows=("WP-20", "WP-25"),
+    kind=Kind.DETAIL,
+)
+def test_writeprotect_thp_mprotect(ctx: Context) -> None:
+    """A huge page that mprotect(2) makes read-only and writable again is protected as it was."""
+    area = huge_area(ctx)
+    ctx.uffd.register(area.range, WP)
+    ctx.uffd.writeprotect(area.range)
+    protect(area.range, PROT_READ)
+    protect(area.range, PROT_READ | PROT_WRITE)
+    expect(pmd_mapped(area.range), area.range.len, "bytes mapped by a huge page")
+    Pagemap.expect_protected(area, range(area.nr_pages), "after mprotect back")
+    expect_trapped(ctx.uffd, area, 7, 0)
+
+
+@uffd_case(
     "writeprotect-thp-zeropage",
     mem=(ANON,),
     features=Feature.PAGEFAULT_FLAG_WP,
@@ -1127,6 +1175,30 @@ def test_writeprotect_collapse_missing(ctx: Context) -> None:
         collapse(area.range)
     Pagemap.expect_protected(area, {7}, "after MADV_COLLAPSE")
     expect_trapped(ctx.uffd, area, 7)
+
+
+@uffd_case(
+    "writeprotect-collapse-file",
+    mem=(SHMEM,),
+    features=WRITEPROTECT,
+    needs=("thp",),
+    pages=1,
+    rows=("WP-26",),
+    kind=Kind.DETAIL,
+)
+def test_writeprotect_collapse_file(ctx: Context) -> None:
+    """Whatever MADV_COLLAPSE makes of a file, a range watched for writes maps it by base page, protected as before."""
+    require_collapse(ctx)
+    area = small_area(ctx)
+    ctx.uffd.register(area.range, WP)
+    ctx.uffd.writeprotect(area.page(7))
+    with suppress(KernelError):
+        collapse(area.range)
+    expect(pmd_mapped(area.range), 0, "bytes mapped by huge pages")
+    Pagemap.expect_protected(area, {7}, "after MADV_COLLAPSE")
+    expect_free(ctx.uffd, area, 0, area.nr_pages - 1)
+    expect_trapped(ctx.uffd, area, 7)
+    area.expect_pattern_of(area, 8)
 
 
 # ---- other ways to the same page -----------------------------------------------------------------------------------

@@ -18,9 +18,11 @@ from uffd_selftests.case import uffd_case
 from uffd_selftests.common import (
     DEADLINE,
     MINOR,
+    MINOR_FAULTS,
     MISSING,
     UNREGISTERED,
     WP,
+    WRITEPROTECT,
     Action,
     Context,
     FaultHandler,
@@ -34,7 +36,7 @@ from uffd_selftests.common import (
     expect_modes,
 )
 from uffd_selftests.events import open_userfaultfds
-from uffd_selftests.mem_types import ALL, ANON, HUGETLB, SHMEM, Area
+from uffd_selftests.mem_types import ALL, ANON, NOT_HUGETLB, SHARED, SHMEM, Area
 from uffd_selftests.memory import PAGE_SIZE, PROT_READ, Advice, Range, advise, peek, protect, smaps_fields
 from uffd_selftests.processes import Channel, Child
 from uffd_selftests.races import (
@@ -53,7 +55,6 @@ from uffd_selftests.races import (
 from uffd_selftests.uapi import UFFD_USER_MODE_ONLY, Feature, WriteprotectMode
 
 KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK
-SMALL = tuple(mem for mem in ALL if not mem.hugetlb)
 
 
 # ---- fills and fills -----------------------------------------------------------------------------------------------
@@ -96,7 +97,7 @@ def test_race_copy_sources(ctx: Context) -> None:
         ctx.src.release()
 
 
-@uffd_case("race-fills", mem=SMALL, pages=512, rows=("CP-10", "ZP-03", "CP-41"), smp=True)
+@uffd_case("race-fills", mem=NOT_HUGETLB, pages=512, rows=("CP-10", "ZP-03", "CP-41"), smp=True)
 def test_race_fills(ctx: Context) -> None:
     """Of a copy and a page of zeroes for the same page one succeeds, wholly; the other says EEXIST."""
     ctx.src.fill()
@@ -302,7 +303,7 @@ def test_race_unregister(ctx: Context) -> None:
 @uffd_case(
     "race-unregister-wp",
     mem=ALL,
-    features=Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM,
+    features=WRITEPROTECT,
     pages=8,
     rows=("UNR-11", "WP-09"),
     smp=True,
@@ -322,8 +323,8 @@ def test_race_unregister_wp(ctx: Context) -> None:
 
 @uffd_case(
     "race-unregister-minor",
-    mem=(SHMEM, HUGETLB),
-    features=Feature.MINOR_SHMEM | Feature.MINOR_HUGETLBFS,
+    mem=SHARED,
+    features=MINOR_FAULTS,
     pages=8,
     rows=("UNR-12", "CT-09"),
     smp=True,

@@ -14,6 +14,7 @@ from uffd_selftests.common import (
     MISSING,
     UNREGISTERED,
     WP,
+    WRITEPROTECT,
     Context,
     Pagemap,
     Skip,
@@ -27,7 +28,7 @@ from uffd_selftests.common import (
     require_collapse,
     small_area,
 )
-from uffd_selftests.mem_types import ANON, HUGETLB, HUGETLB_PRIVATE, SHMEM, SHMEM_PRIVATE, Area, pmd_size
+from uffd_selftests.mem_types import ANON, HUGETLB, HUGETLB_PRIVATE, NOT_HUGETLB, SHMEM, Area, pmd_size
 from uffd_selftests.memory import PAGE_SIZE, Advice, advise, peek
 from uffd_selftests.native import ffi, lib
 from uffd_selftests.processes import Channel, Child, undisturbed
@@ -48,13 +49,11 @@ from uffd_selftests.races import (
     zeroer,
 )
 from uffd_selftests.syscalls import stored_bytes
-from uffd_selftests.uapi import Feature, PageCategory, PmScanFlag
+from uffd_selftests.tracking import ASYNC, RESTART
+from uffd_selftests.uapi import Feature, PageCategory
 
-WRITEPROTECT = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
-ASYNC = WRITEPROTECT | Feature.WP_ASYNC
 KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK
 MPOL_MF_MOVE = 2  # include/uapi/linux/mempolicy.h
-RESTART = PmScanFlag.WP_MATCHING | PmScanFlag.CHECK_WPASYNC
 
 
 # ---- write protection ----------------------------------------------------------------------------------------------
@@ -62,7 +61,7 @@ RESTART = PmScanFlag.WP_MATCHING | PmScanFlag.CHECK_WPASYNC
 
 @uffd_case(
     "unprotect-against-swap",
-    mem=(ANON, SHMEM, SHMEM_PRIVATE),
+    mem=NOT_HUGETLB,
     features=WRITEPROTECT,
     needs=("swap",),
     pages=16,

@@ -16,6 +16,7 @@ from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
     MISSING,
     WP,
+    WRITEPROTECT,
     Context,
     Pagemap,
     Skip,
@@ -25,13 +26,14 @@ from uffd_selftests.common import (
     refuses,
     swap_out,
 )
+from uffd_selftests.hugetlb import hugepage_file
 from uffd_selftests.iouring import fixed_buffer
 from uffd_selftests.kernel import open_debugfs
-from uffd_selftests.machine import hugepage_sizes, hugepages
+from uffd_selftests.machine import hugepage_sizes, lack_of_hugepages
 from uffd_selftests.mem_types import (
     ANON,
-    HUGETLB,
-    HUGETLB_PRIVATE,
+    EACH_HUGETLB,
+    PRIVATE,
     SHMEM_PRIVATE,
     Area,
     default_hugepage_size,
@@ -41,8 +43,6 @@ from uffd_selftests.memory import (
     EHWPOISON,
     MAP_SHARED,
     PAGE_SIZE,
-    PROT_READ,
-    PROT_WRITE,
     Advice,
     KernelError,
     Range,
@@ -51,18 +51,14 @@ from uffd_selftests.memory import (
     mapped,
     peek,
     poke,
-    protect,
-    remap,
     touch_trapped,
     unmap,
 )
 from uffd_selftests.processes import Channel, Child, faulting, handled, undisturbed
-from uffd_selftests.uapi import PM_PFN_MASK, PM_SOFT_DIRTY, Feature, PageCategory, PagefaultFlag, PmScanFlag
+from uffd_selftests.tracking import ASYNC, RESTART
+from uffd_selftests.uapi import PM_PFN_MASK, PM_SOFT_DIRTY, Feature, PageCategory, PagefaultFlag
 
-WRITEPROTECT = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
-ASYNC = WRITEPROTECT | Feature.WP_ASYNC
 TRAPPED = PagefaultFlag.WRITE | PagefaultFlag.WP
-RESTART = PmScanFlag.WP_MATCHING | PmScanFlag.CHECK_WPASYNC
 HUGEPAGE = default_hugepage_size()
 
 
@@ -70,35 +66,8 @@ HUGEPAGE = default_hugepage_size()
 
 
 @uffd_case(
-    "mremap-swapped-protected",
-    mem=(ANON, SHMEM_PRIVATE),
-    features=WRITEPROTECT,
-    needs=("swap",),
-    pages=2,
-    rows=("WP-27",),
-    bugs=(1,),
-)
-def test_mremap_swapped_protected(ctx: Context) -> None:
-    """Without UFFD_FEATURE_EVENT_REMAP the protection of swapped-out pages is gone when mremap(2) moves them.
-
-    Before "mm: clear uffd-wp PTE/PMD state on mremap()" it came along, and mprotect(2) or a write made the kernel warn.
-    """
-    area, moved = ctx.dst, ctx.allocate()
-    area.fill()
-    ctx.uffd.register(area.range, WP)
-    ctx.uffd.writeprotect(area.range)
-    swap_out(area.range)
-    remap(area.range, to=moved.start)
-    Pagemap.expect_protected(moved, (), "swapped out, after mremap")
-    protect(moved.range, PROT_READ)
-    protect(moved.range, PROT_READ | PROT_WRITE)
-    undisturbed(ctx.uffd, lambda: moved.expect_pattern_of(area, write_back=True))
-    Pagemap.expect_protected(moved, (), "after writes")
-
-
-@uffd_case(
     "protect-after-fork",
-    mem=(ANON, SHMEM_PRIVATE, HUGETLB_PRIVATE),
+    mem=PRIVATE,
     features=WRITEPROTECT,
     pages=1,
     rows=("WP-08",),
@@ -185,26 +154,26 @@ def test_scan_huge_sizes() -> None:
 
     Before "use huge_page_size() in pagemap_scan_hugetlb_entry()" it took every huge page for one of the default size.
     """
-    sizes = [size for size in hugepage_sizes() if size != HUGEPAGE and hugepages(size).free > hugepages(size).reserved]
+    sizes = [size for size in hugepage_sizes() if size != HUGEPAGE and not lack_of_hugepages(size, 1)]
     if not sizes:
         raise Skip("no free huge page but of the default size: nr_hugepages in /sys/kernel/mm/hugepages/hugepages-*kB")
     for size in sizes:
-        flags = os.MFD_CLOEXEC | os.MFD_HUGETLB | (size.bit_length() - 1) << os.MFD_HUGE_SHIFT
-        fd = os.memfd_create("huge", flags)
-        os.ftruncate(fd, size)
-        with promise("AS-03", f"{size >> 10} kB"), mapped(size, flags=MAP_SHARED, fd=fd) as where:
+        with (
+            promise("AS-03", f"{size >> 10} kB"),
+            hugepage_file(size) as fd,
+            mapped(size, flags=MAP_SHARED, fd=fd) as where,
+        ):
             poke(where.start, b"\1")
             with Uffd.open(ASYNC) as uffd:
                 uffd.register(where, WP)
                 found = Pagemap.scan(where, PageCategory.WRITTEN, flags=RESTART).regions
                 expect([(one.start, one.end) for one in found], [(where.start, where.end)], "what was written")
                 expect(Pagemap.scan(where, PageCategory.WRITTEN).regions, [], "what was written since")
-        os.close(fd)
 
 
 @uffd_case(
     "scan-huge-hole",
-    mem=(HUGETLB, HUGETLB_PRIVATE),
+    mem=EACH_HUGETLB,
     features=ASYNC,
     needs=("pagemap_scan",),
     pages=1,
@@ -255,7 +224,7 @@ def broken_hugepage(area: Area) -> Iterator[None]:
 
 @uffd_case(
     "fork-broken-hugepage",
-    mem=(HUGETLB, HUGETLB_PRIVATE),
+    mem=EACH_HUGETLB,
     features=WRITEPROTECT,
     needs=("cap_sys_admin",),
     pages=1,
