@@ -19,7 +19,7 @@ from typing import Any
 
 from uffd_selftests import syscalls, uapi
 from uffd_selftests.common import DEADLINE, Skip, Uffd
-from uffd_selftests.memory import Advice, KernelError, Range, errno_name
+from uffd_selftests.memory import MREMAP_FIXED, MREMAP_MAYMOVE, Advice, KernelError, Range, errno_name
 from uffd_selftests.native import ffi, lib
 from uffd_selftests.processes import Waiter
 from uffd_selftests.uapi import WriteprotectMode
@@ -125,6 +125,14 @@ def adviser(where: Range, unit: int, advice: Advice, *, rounds: int = 1) -> Race
     args = (where.start, unit, int(advice))
     number = syscalls.number("madvise")
     return Racer(f"{advice} of {where}", lib.UFFD_RACE_SYSCALL, number, args, (unit,), where.len // unit, rounds)
+
+
+def remapper(one: Range, other: int, *, rounds: int = 1) -> Racer:
+    """mremap(2) of a range to another place, where nothing is lost, and back."""
+    args = (one.start, one.len, one.len, MREMAP_MAYMOVE | MREMAP_FIXED, other)
+    way = other - one.start
+    what, number = f"mremap(2) of {one}", syscalls.number("mremap")
+    return Racer(what, lib.UFFD_RACE_SYSCALL, number, args, (way, 0, 0, 0, -way), 2, rounds)
 
 
 def vm_reader(where: Range, unit: int, *, rounds: int = 1) -> Racer:

@@ -41,6 +41,7 @@ _NUMBERS = {
     "mlock2": (325, 284),
     "mlockall": (151, 230),
     "move_pages": (279, 239),
+    "mremap": (25, 216),
     "mseal": (462, 462),
     "munlock": (150, 229),
     "munlockall": (152, 231),

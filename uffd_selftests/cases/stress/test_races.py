@@ -11,7 +11,7 @@ import random
 import resource
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from errno import EAGAIN, EEXIST, ENOENT
 
 from uffd_selftests.case import uffd_case
@@ -37,7 +37,7 @@ from uffd_selftests.common import (
 )
 from uffd_selftests.events import open_userfaultfds
 from uffd_selftests.mem_types import ALL, ANON, NOT_HUGETLB, SHARED, SHMEM, Area
-from uffd_selftests.memory import PAGE_SIZE, PROT_READ, Advice, Range, advise, peek, protect, smaps_fields
+from uffd_selftests.memory import PAGE_SIZE, PROT_READ, Advice, Range, advise, peek, protect, smaps_fields, unmap
 from uffd_selftests.processes import Channel, Child
 from uffd_selftests.races import (
     SUCCESS,
@@ -48,6 +48,7 @@ from uffd_selftests.races import (
     continuer,
     copier,
     protector,
+    remapper,
     run_race,
     toucher,
     zeroer,
@@ -180,6 +181,35 @@ def test_race_faults_events(ctx: Context) -> None:
     expect(handler.stats.remove, 20 * ctx.nr_pages, "UFFD_EVENT_REMOVE messages")
 
 
+@uffd_case(
+    "race-fills-remaps",
+    mem=ALL,
+    features=Feature.EVENT_REMAP | Feature.EVENT_UNMAP,
+    pages=8,
+    rows=("CP-14", "EV-18", "EV-19"),
+    smp=True,
+)
+def test_race_fills_remaps(ctx: Context) -> None:
+    """While memory moves to and fro, two events a time, a copy says EAGAIN or is done; after the last one it succeeds."""
+    ctx.src.fill()
+    moving, half = ctx.allocate(1), ctx.nr_pages // 2
+    with closing(ANON.allocate(max(1, ctx.page_size // PAGE_SIZE))) as place:
+        unmap(place.range)
+        ctx.uffd.register(moving.range, MISSING)
+        ctx.uffd.register(ctx.dst.range, MISSING)
+        with ctx.handler(missing=Action.RECORD) as handler:
+            moves, copies = run_race(
+                remapper(moving.range, place.start, rounds=20),
+                copier(ctx.uffd, ctx.dst.page(0, half), ctx.src.start, ctx.page_size),
+            )
+        moves.expect_only(SUCCESS)
+        expect(copies[SUCCESS], half, "copies that succeeded")
+        copies.expect_only(SUCCESS, EAGAIN)
+        expect((handler.stats.remap, handler.stats.unmap), (40, 40), "UFFD_EVENT_REMAP and UFFD_EVENT_UNMAP messages")
+        ctx.uffd.copy(ctx.dst.page(half).start, ctx.src.page(half).start, half * ctx.page_size)
+        ctx.dst.expect_pattern_of(ctx.src)
+
+
 # ---- forks and close -----------------------------------------------------------------------------------------------
 
 
@@ -309,7 +339,7 @@ def test_race_unregister(ctx: Context) -> None:
     smp=True,
 )
 def test_race_unregister_wp(ctx: Context) -> None:
-    """The same with threads that write to protected pages, and one that takes the protection off page by page."""
+    """When a range is unregistered, and then woken, while threads write to its protected pages, none sleeps on."""
     _, area = many_pages(ctx)
     area.fill()
     for moment in range(MOMENTS):
@@ -330,7 +360,7 @@ def test_race_unregister_wp(ctx: Context) -> None:
     smp=True,
 )
 def test_race_unregister_minor(ctx: Context) -> None:
-    """The same with threads that meet minor faults, and one that continues page by page."""
+    """When a range is unregistered, and then woken, while threads meet minor faults in it, none sleeps on."""
     _, area = many_pages(ctx)
     area.pattern.fill(area.alias.start, 0, area.nr_pages)
     for moment in range(MOMENTS):
