@@ -190,7 +190,7 @@ def test_race_faults_events(ctx: Context) -> None:
     smp=True,
 )
 def test_race_fills_remaps(ctx: Context) -> None:
-    """While memory moves to and fro, two events a time, a copy says EAGAIN or is done; after the last one it succeeds."""
+    """While memory moves, two events a time, a copy either says EAGAIN or is done; after the last one it succeeds."""
     ctx.src.fill()
     moving, half = ctx.allocate(1), ctx.nr_pages // 2
     with closing(ANON.allocate(max(1, ctx.page_size // PAGE_SIZE))) as place:

@@ -75,7 +75,7 @@ HUGEPAGE = default_hugepage_size()
     bugs=(31,),
 )
 def test_protect_after_fork(ctx: Context) -> None:
-    """A write to a protected page is trapped although the page was shared with a child, which is gone, until then.
+    """A write to a protected page is trapped although the page was once shared with a child, which is gone.
 
     Before "mm/hugetlb: fix uffd wr-protection for CoW optimization path" the kernel reused a huge page that nobody else
     mapped any more without asking for its protection: the write was missed.
