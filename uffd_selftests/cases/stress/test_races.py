@@ -475,7 +475,9 @@ def test_race_thousand_threads(ctx: Context) -> None:
 MAPPINGS = 2048
 
 
-@uffd_case("race-thousand-mappings", mem=(ANON, SHMEM), needs=("pagemap",), pages=MAPPINGS, rows=("REG-37", "UNR-08"), smp=True)
+@uffd_case(
+    "race-thousand-mappings", mem=(ANON, SHMEM), needs=("pagemap",), pages=MAPPINGS, rows=("REG-37", "UNR-08"), smp=True
+)
 def test_race_thousand_mappings(ctx: Context) -> None:
     """Two thousand mappings are registered, served and unregistered with one call, while threads fault in them."""
     for page in range(0, MAPPINGS, 2):
