@@ -116,7 +116,10 @@ def test_race_fills(ctx: Context) -> None:
         expect(len(copied), copies[SUCCESS], "pages that hold data, for as many copies that succeeded")
         expect(zeroes[SUCCESS], ctx.nr_pages - len(copied), "pages of zeroes that succeeded")
         for page in range(ctx.nr_pages):
-            ctx.dst.expect_pattern_of(ctx.src, page, 1) if page in copied else ctx.dst.expect_zero(page, 1)
+            if page in copied:
+                ctx.dst.expect_pattern_of(ctx.src, page, 1)
+            else:
+                ctx.dst.expect_zero(page, 1)
         ctx.uffd.expect_asleep(0)
         ctx.uffd.release(ctx.dst.range)
         ctx.dst.release()
