@@ -36,12 +36,14 @@ from uffd_selftests.common import (
     small_area,
     swap_out,
 )
+from uffd_selftests.hwpoison import declared_sound
 from uffd_selftests.mem_types import (
     ALL,
     ANON,
     FILE_BACKED,
     HUGETLB,
     HUGETLB_PRIVATE,
+    NOT_HUGETLB,
     PRIVATE,
     SHARED,
     SHMEM,
@@ -72,7 +74,7 @@ from uffd_selftests.memory import (
     unmap,
 )
 from uffd_selftests.processes import Channel, Child, Waiter, faulting, undisturbed, unread_event
-from uffd_selftests.uapi import CopyMode, Feature, PagefaultFlag, WriteprotectMode
+from uffd_selftests.uapi import PM_PFN_MASK, CopyMode, Feature, PagefaultFlag, WriteprotectMode
 
 SEVERAL_MAPPINGS = WRITEPROTECT | Feature.WP_UNPOPULATED
 """Since the release that brought this feature the range of one call may span several mappings (mwriteprotect_range)."""
@@ -835,6 +837,29 @@ def test_writeprotect_swap(ctx: Context) -> None:
     expect_free(uffd, area, 4)
     mend(ctx, area, 0, 1, 3)
     area.expect_pattern_of(area)
+
+
+@uffd_case(
+    "writeprotect-migrated",
+    mem=NOT_HUGETLB,
+    features=WRITEPROTECT,
+    needs=("cap_sys_admin",),
+    pages=2,
+    rows=("WP-07", "WP-08"),
+    bugs=(32,),
+    kind=Kind.DETAIL,
+)
+def test_writeprotect_migrated(ctx: Context) -> None:
+    """A page that the kernel moves to other memory, which the memory's user never notices, stays protected."""
+    area = filled(ctx)
+    ctx.uffd.writeprotect(area.page(0))
+    with declared_sound(area.page(0)) as frame:
+        advise(area.page(0), Advice.SOFT_OFFLINE)
+    expect(Pagemap.entry(area.start) & PM_PFN_MASK == frame, False, "whether the page is where it was")
+    Pagemap.expect_protected(area, {0}, "after MADV_SOFT_OFFLINE")
+    area.expect_pattern_of(area)
+    expect_free(ctx.uffd, area, 1)
+    expect_trapped(ctx.uffd, area, 0)
 
 
 @uffd_case("writeprotect-swap-shared", mem=(SHMEM,), features=WRITEPROTECT, needs=("swap",), pages=3, rows=("WP-23",))

@@ -28,8 +28,8 @@ from uffd_selftests.common import (
     swap_out,
 )
 from uffd_selftests.hugetlb import hugepage_file
+from uffd_selftests.hwpoison import declared_sound
 from uffd_selftests.iouring import fixed_buffer
-from uffd_selftests.kernel import open_debugfs
 from uffd_selftests.machine import hugepage_sizes, lack_of_hugepages
 from uffd_selftests.mem_types import (
     ANON,
@@ -57,7 +57,7 @@ from uffd_selftests.memory import (
 )
 from uffd_selftests.processes import Channel, Child, faulting, handled, undisturbed
 from uffd_selftests.tracking import ASYNC, RESTART
-from uffd_selftests.uapi import PM_PFN_MASK, PM_SOFT_DIRTY, Feature, PageCategory, PagefaultFlag
+from uffd_selftests.uapi import PM_SOFT_DIRTY, Feature, PageCategory, PagefaultFlag
 
 TRAPPED = PagefaultFlag.WRITE | PagefaultFlag.WP
 HUGEPAGE = default_hugepage_size()
@@ -206,21 +206,15 @@ def broken_hugepage(area: Area) -> Iterator[None]:
 
     Afterwards the file is emptied, for only memory that nobody uses can be declared sound again.
     """
-    try:
-        undo = open_debugfs("hwpoison/unpoison-pfn", os.O_WRONLY)
-    except OSError as error:
-        name = errno_name(error.errno or 0)
-        raise Skip(f"debugfs hwpoison/unpoison-pfn: {name}: modprobe hwpoison-inject") from None
-    pfn = Pagemap.entry(area.start) & PM_PFN_MASK
-    try:
-        with handled(SIGBUS):  # sent to whoever has it mapped
-            advise(Range(area.start, PAGE_SIZE), Advice.HWPOISON)
-        yield
-    finally:
-        advise(area.range, Advice.DONTNEED)
-        os.ftruncate(area.fd or -1, 0)
-        os.write(undo, f"{pfn:#x}".encode())
-        os.close(undo)
+    first = Range(area.start, PAGE_SIZE)
+    with declared_sound(first):
+        try:
+            with handled(SIGBUS):  # sent to whoever has it mapped
+                advise(first, Advice.HWPOISON)
+            yield
+        finally:
+            advise(area.range, Advice.DONTNEED)
+            os.ftruncate(area.fd or -1, 0)
 
 
 @uffd_case(
