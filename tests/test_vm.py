@@ -228,17 +228,19 @@ def test_command(tools: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 def test_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The suite in the guest is told what was said here, in the environment as well."""
     monkeypatch.setenv("UFFD_REQUIRE", "wp")
+    monkeypatch.setenv("UFFD_MAY_HANG_KERNEL", "1")
     monkeypatch.delenv("UFFD_DEADLINE_SCALE", raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "test_mine.py").touch()
     args = command.parser().parse_args(["-f", "move", "-k", "anon", "--strict", "--deadline", "5"])
     passed = session.suite_arguments(args, ["-x", "test_mine.py::test_a", "test_b"], 8)
     assert passed == [
-        *("--filter=move", "-k", "anon", "--strict", "--deadline=5", "--deadline-scale=8", "--require=wp"),
+        *("--filter=move", "-k", "anon", "--strict", "--may-hang-kernel"),
+        *("--deadline=5", "--deadline-scale=8", "--require=wp"),
         *("--", "-x", f"{tmp_path}/test_mine.py::test_a", "test_b"),
     ]
     args = command.parser().parse_args(["--deadline-scale", "3"])
-    assert session.suite_arguments(args, [], 8) == ["--deadline-scale=3", "--require=wp"]
+    assert session.suite_arguments(args, [], 8) == ["--may-hang-kernel", "--deadline-scale=3", "--require=wp"]
 
 
 # ---- the streams of a guest ----------------------------------------------------------------------------------------

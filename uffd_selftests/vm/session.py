@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, TextIO
 import uffd_selftests
 from uffd_selftests.harness import ktap
 from uffd_selftests.harness.interrupts import Interrupted, Signals
-from uffd_selftests.harness.settings import OPTIONS
+from uffd_selftests.harness.settings import MAY_HANG_KERNEL, OPTIONS
 from uffd_selftests.report.command import write
 from uffd_selftests.report.model import FORMAT, load
 from uffd_selftests.vm import images, vng
@@ -101,7 +101,12 @@ def suite_arguments(args: argparse.Namespace, passed: Sequence[str], scale: floa
     arguments = [f"--filter={part}" for part in args.filter]
     if args.keyword is not None:
         arguments += ["-k", args.keyword]
-    flags = {"--documented-only": args.documented_only, "--strict": args.strict, "--no-isolation": args.no_isolation}
+    flags = {
+        "--documented-only": args.documented_only,
+        "--strict": args.strict,
+        "--no-isolation": args.no_isolation,
+        MAY_HANG_KERNEL.flag: args.may_hang_kernel or MAY_HANG_KERNEL.value(None),
+    }
     arguments += [flag for flag, given in flags.items() if given]
     values = {each.flag: getattr(args, each.name) or os.environ.get(each.variable) for each in OPTIONS}
     values["--deadline-scale"] = values["--deadline-scale"] or f"{scale:g}"
