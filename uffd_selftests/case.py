@@ -76,6 +76,8 @@ class Case:
     smp: bool = False
     """Let the case run on every CPU. The others are kept on one: a fault is then a switch to the handler and back
     instead of two wake-ups of a sleeping CPU, which takes several times longer."""
+    stress: bool = False
+    """``--stress-mib`` is the size of its areas, and it repeats its work for as long as ``--duration`` says."""
 
     def result_name(self, variant: str | None = None, mem: MemType | None = None) -> str:
         """Return the name of one result: ``name (variant) on mem``."""
@@ -97,6 +99,7 @@ def uffd_case(
     kind: Kind = Kind.PROMISE,
     defect: Defect | None = None,
     smp: bool = False,
+    stress: bool = False,
 ) -> Callable[[F], F]:
     """Declare the decorated function as a case; the fields are those of Case."""
     case = Case(
@@ -113,6 +116,7 @@ def uffd_case(
         kind=kind,
         defect=defect,
         smp=smp,
+        stress=stress,
     )
 
     def declare(function: F) -> F:

@@ -20,8 +20,8 @@ STEPS: dict[str, tuple[str, ...]] = {
     "mypy": (sys.executable, "-m", "mypy", "uffd_selftests", "conftest.py"),
     "mypy of the tests": (sys.executable, "-m", "mypy", "tests", "benchmarks"),
     "C compiler": (
-        *("cc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-c", "-o", "/dev/null"),
-        "uffd_selftests/native/uffd.c",
+        *("cc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread", "-o", "/dev/null"),
+        *("uffd_selftests/native/uffd.c", "uffd_selftests/native/stress.c"),
     ),
     "shellcheck": ("shellcheck", "run_tests.sh", ".ci/run"),
     "harness tests": (*PYTEST, "tests"),

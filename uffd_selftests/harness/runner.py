@@ -75,7 +75,7 @@ class Runner:
         if not case:
             return self._run(item, isolate=self._settings.isolate_all or bool(item.get_closest_marker("isolated")))
         lacking = gating.missing(case, mem, self._facts)
-        needed = 0 if lacking else gating.hugepages_needed(case, mem, self._settings.area_bytes)
+        needed = 0 if lacking else gating.hugepages_needed(case, mem, self._settings.area_bytes_of(case))
         with self._turn(needed):
             if needed and (reason := lack_of_hugepages(self._facts.hugepage_size, needed)):
                 lacking = [gating.Missing(gating.HUGEPAGES, reason)]
@@ -127,7 +127,8 @@ class Runner:
             for fd in self._guarded:
                 self._isolator.guard(fd)
         pages = HugepageUse(self._facts.hugepage_size if hugepages and self._health else 0)
-        ending = self._isolator.run(lambda send: self._perform(item, send), deadline=self._settings.deadline)
+        deadline = self._settings.deadline_of(declaration(item)[0])
+        ending = self._isolator.run(lambda send: self._perform(item, send), deadline=deadline)
         reports = _reports(item, ending)
         left = [record.line for record in ending.records if isinstance(record, Leak)] + ending.leftovers
         left += pages.lost()
@@ -154,7 +155,7 @@ class Runner:
         if case and not case.smp:
             os.sched_setaffinity(0, {self._cpu})
         if isinstance(item, pytest.Function) and plain.is_plain(item):
-            outcome = plain.perform(item, self._settings.area_bytes)
+            outcome = plain.perform(item, self._settings.area_bytes_of(case))
             failed = not isinstance(outcome, plain.Passed)
             send(outcome)
         else:
