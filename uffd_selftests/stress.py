@@ -36,7 +36,7 @@ WP_FEATURES = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.W
 
 
 class Sabotage(IntEnum):
-    """What a handler breaks on purpose, once a bounce: see enum stress_sabotage."""
+    """What a handler breaks on purpose, once in a bounce: see enum stress_sabotage."""
 
     SOUND = lib.STRESS_SOUND
     FILL_TWICE = lib.STRESS_FILL_TWICE
@@ -48,6 +48,7 @@ class Sabotage(IntEnum):
     OLD_PAGE = lib.STRESS_OLD_PAGE
     UNPROTECTED = lib.STRESS_UNPROTECTED
     FILL_UNSEEN = lib.STRESS_FILL_UNSEEN
+    SKIP_PROTECT = lib.STRESS_SKIP_PROTECT
 
 
 # ---- options -------------------------------------------------------------------------------------------------------
@@ -112,7 +113,10 @@ class Options:
 
 ROLES = ("worker", "handler", "copier")
 COUNTERS = ("accesses", "missing", "wp", "filled", "eexist", "unprotected", "repeated")
-BY_PAGE = ("missing", "answered", "filled", "wp_faults", "unprotected", "written", "written_late")
+BY_PAGE = (
+    *("missing", "answered", "filled", "written", "written_late"),
+    *("wp_faults", "unprotecting", "unprotected", "settled"),
+)
 """The arrays of struct stress_config that hold a number a page."""
 
 
@@ -152,6 +156,7 @@ class Stress:
         seed: int = 1,
         patience: float = DEADLINE,
         sabotage: Sabotage = Sabotage.SOUND,
+        sabotage_at: int = 0,
     ) -> None:
         self._areas = [ctx.src, ctx.dst]
         self._hugetlb = ctx.mem.hugetlb
@@ -185,6 +190,7 @@ class Stress:
                 "seed": self._random.getrandbits(64),
                 "patience": round(patience * 1e9),
                 "sabotage": int(sabotage),
+                "sabotage_at": sabotage_at,
                 "live": self._live,
                 "ledger": self._ledger,
                 "threads": self._threads,
@@ -271,11 +277,8 @@ class Stress:
 
     @staticmethod
     def _judge_protection(dst: Area, pages: dict[str, array[int]]) -> Iterator[str]:
-        """Each page was filled protected: no write gets past that, and it stays until a fault is answered."""
+        """Each page was filled protected, and stays so until a fault is answered; the workers look after the writes."""
         free = pages["unprotected"]
-        unseen = [page for page, written in enumerate(pages["written"]) if written and not free[page]]
-        if unseen:
-            yield f"written, though protected, without a write-protect fault: pages {page_numbers(unseen)}"
         if not os.path.exists("/proc/self/pagemap"):
             return
         marks = Pagemap.entries(dst.range)[:: dst.page_size // PAGE_SIZE]
@@ -334,6 +337,9 @@ class Stress:
                 wanted = "success" if failure.expected in (0, self._config.page_size) else "EEXIST"
                 output = f" with output {errno_name(failure.output)}" if failure.output else ""
                 return f"{who}: {call} of page {failure.page}: expected {wanted}, got {error}{output}"
+            case lib.STRESS_UNSEEN:
+                seen = f"{failure.observed} of {failure.expected} write-protect faults answered before"
+                return f"{who}: page {failure.page}: written, though protected ({seen})"
             case lib.STRESS_FLAGS:
                 flags = PagefaultFlag(failure.observed)
                 return f"{who}: page {failure.page}: page fault with flags {flags}, though its first access is a read"

@@ -127,8 +127,11 @@ class Runner:
             for fd in self._guarded:
                 self._isolator.guard(fd)
         pages = HugepageUse(self._facts.hugepage_size if hugepages and self._health else 0)
-        deadline = self._settings.deadline_of(declaration(item)[0])
+        case, _, _ = declaration(item)
+        deadline = self._settings.deadline_of(case)
         ending = self._isolator.run(lambda send: self._perform(item, send), deadline=deadline)
+        if case and case.stress and ending.how is not How.DONE:
+            ending.evidence.append(f"again: --stress-seed {self._settings.stress_seed}")
         reports = _reports(item, ending)
         left = [record.line for record in ending.records if isinstance(record, Leak)] + ending.leftovers
         left += pages.lost()

@@ -41,13 +41,14 @@ struct bounce {
 	const struct stress_config *c;
 	struct thread *threads;
 	uint64_t started;		/* how many of them run */
-	atomic_bool *protected;		/* by copier: its share has got its last protection */
+	atomic_bool *protecting;	/* by copier: its share is about to get its last protection */
+	atomic_bool *protected;		/* by copier: it has got it */
 	int stop_fd;			/* eventfd: readable when the handlers are to end */
 
 	atomic_bool failed;		/* everybody is to end */
 	atomic_bool finished;		/* the workers are to end */
 	atomic_bool ended;		/* the handlers are to end */
-	atomic_flag sabotaged;
+	_Atomic uint64_t faults;	/* that could be sabotaged */
 	_Atomic uint64_t steps;		/* changes as long as the bounce gets on */
 
 	pthread_mutex_t lock;		/* of what follows, and of written and ledger */
@@ -189,7 +190,7 @@ static void note(uint64_t *own)
 
 static void count(uint32_t *by_page)
 {
-	__atomic_fetch_add(by_page, 1, __ATOMIC_RELAXED);
+	__atomic_fetch_add(by_page, 1, __ATOMIC_SEQ_CST);
 }
 
 static void step(struct bounce *b)
@@ -284,6 +285,33 @@ static bool lock_page(struct thread *t, uint64_t *lock)
 	return true;
 }
 
+static uint32_t now(const uint32_t *by_page)
+{
+	return __atomic_load_n(by_page, __ATOMIC_SEQ_CST);
+}
+
+/*
+ * Called with the page's lock held, after a write; late tells that it began after the last protection of the share.
+ *
+ * A page is protected when it is filled, so one un-protection at least came before the write.  If there was a write
+ * before the last protection, and no un-protection under way then, a late write needs one more than there were.
+ */
+static bool check_protection(struct bounce *b, uint64_t page, bool late, struct stress_failure *f)
+{
+	const struct stress_config *c = b->c;
+	uint32_t needed = late && c->settled[page] ? c->settled[page] : 1;
+	uint32_t done = now(&c->unprotected[page]), begun = now(&c->unprotecting[page]);
+
+	if (begun < needed) {
+		*f = (struct stress_failure){ .kind = STRESS_UNSEEN, .page = page, .expected = needed,
+					      .observed = begun };
+		return false;
+	}
+	if (done == begun && !b->protecting[share_of(c, page)])
+		c->settled[page] = begun + 1;
+	return true;
+}
+
 /* The first access to the page is a read, from its end on, where a copy that is under way comes last. */
 static bool access_page(struct thread *t, uint64_t page)
 {
@@ -309,6 +337,10 @@ static bool access_page(struct thread *t, uint64_t page)
 		return false;
 	}
 	words[1] = words[last] = ++c->live[page];
+	if (c->wp && !check_protection(b, page, late, &f)) {
+		fail(t, f);
+		return false;
+	}
 	__atomic_store_n(&words[0], 0, __ATOMIC_RELEASE);
 	at(t, STRESS_ELSEWHERE, page);
 	if (late)
@@ -382,7 +414,8 @@ static void protect_share(struct thread *t, uint64_t start, uint64_t end)
 	struct protect arg = { { c->dst + start * c->page_size, (end - start) * c->page_size }, WRITEPROTECT_MODE_WP };
 
 	at(t, STRESS_PROTECTING, start);
-	if (c->wp && ioctl(c->uffd, UFFDIO_WRITEPROTECT, &arg))
+	t->bounce->protecting[t->number] = true;
+	if (c->wp && c->sabotage != STRESS_SKIP_PROTECT && ioctl(c->uffd, UFFDIO_WRITEPROTECT, &arg))
 		fail_ioctl(t, start, UFFDIO_WRITEPROTECT, errno, 0, 0);
 	t->bounce->protected[t->number] = true;
 }
@@ -411,10 +444,10 @@ static void *copier_main(void *arg)
 
 /* ---- handlers --------------------------------------------------------------------------------------------- */
 
-static bool sabotage(struct thread *t, enum stress_sabotage kind)
+/* Whether this fault, of the kind that is to be sabotaged, is the one. */
+static bool strikes(struct bounce *b)
 {
-	return kind != STRESS_SOUND && t->bounce->c->sabotage == kind &&
-	       !atomic_flag_test_and_set(&t->bounce->sabotaged);
+	return atomic_fetch_add(&b->faults, 1) == b->c->sabotage_at;
 }
 
 /* A copy whose source has been tampered with.  The copy is small harm: a broken handler is nothing but a test. */
@@ -479,13 +512,18 @@ static void fill_broken(struct thread *t, uint64_t page)
 	}
 }
 
+static bool breaks_fills(enum stress_sabotage kind)
+{
+	return kind != STRESS_SOUND && kind != STRESS_DROP_WP_FAULT && kind != STRESS_SKIP_PROTECT;
+}
+
 static void answer_missing(struct thread *t, uint64_t page)
 {
 	const struct stress_config *c = t->bounce->c;
 
 	note(&t->stats->missing);
 	count(&c->missing[page]);
-	if (c->sabotage == STRESS_DROP_WP_FAULT || !sabotage(t, c->sabotage))
+	if (!breaks_fills(c->sabotage) || !strikes(t->bounce))
 		fill(t, page, copy_of(c, page));
 	else if (c->sabotage == STRESS_DROP_FAULT)
 		return;
@@ -501,8 +539,9 @@ static void answer_wp(struct thread *t, uint64_t page)
 
 	note(&t->stats->wp);
 	count(&c->wp_faults[page]);
-	if (sabotage(t, STRESS_DROP_WP_FAULT))
+	if (c->sabotage == STRESS_DROP_WP_FAULT && strikes(t->bounce))
 		return;
+	count(&c->unprotecting[page]);
 	if (ioctl(c->uffd, UFFDIO_WRITEPROTECT, &arg)) {
 		fail_ioctl(t, page, UFFDIO_WRITEPROTECT, errno, 0, 0);
 		return;
@@ -733,8 +772,9 @@ static bool init(struct bounce *b)
 
 	b->stop_fd = eventfd(0, EFD_CLOEXEC);
 	b->threads = calloc(STRESS_ROLES * c->units, sizeof(*b->threads));
+	b->protecting = calloc(c->units, sizeof(*b->protecting));
 	b->protected = calloc(c->units, sizeof(*b->protected));
-	if (b->stop_fd < 0 || !b->threads || !b->protected)
+	if (b->stop_fd < 0 || !b->threads || !b->protecting || !b->protected)
 		return false;
 	for (uint64_t n = 0; n < STRESS_ROLES * c->units; n++)
 		b->threads[n] = (struct thread){ .bounce = b, .role = n / c->units, .number = n % c->units,
@@ -744,7 +784,7 @@ static bool init(struct bounce *b)
 
 int stress_bounce(const struct stress_config *config, struct stress_failure *failure)
 {
-	struct bounce b = { .c = config, .sabotaged = ATOMIC_FLAG_INIT };
+	struct bounce b = { .c = config };
 	struct sigaction act = { .sa_handler = interrupted };
 	sigset_t all, old;
 
@@ -762,6 +802,7 @@ int stress_bounce(const struct stress_config *config, struct stress_failure *fai
 	if (b.stop_fd >= 0)
 		close(b.stop_fd);
 	free(b.threads);
+	free(b.protecting);
 	free(b.protected);
 	pthread_cond_destroy(&b.changed);
 	pthread_mutex_destroy(&b.lock);

@@ -17,7 +17,7 @@ enum stress_role {
 	STRESS_ROLES,
 };
 
-/* What a handler breaks on purpose, once a bounce: the proof that it would be noticed. */
+/* What a handler breaks on purpose, once in a bounce: the proof that it would be noticed. */
 enum stress_sabotage {
 	STRESS_SOUND,
 	STRESS_FILL_TWICE,	/* drop the page that was just filled, and fill it again */
@@ -29,6 +29,7 @@ enum stress_sabotage {
 	STRESS_OLD_PAGE,	/* fill a page with an earlier count */
 	STRESS_UNPROTECTED,	/* leave away the protection of a page */
 	STRESS_FILL_UNSEEN,	/* keep quiet about having filled a page */
+	STRESS_SKIP_PROTECT,	/* copiers: leave away the protection half-way, of every share */
 };
 
 /* What a thread has done in this bounce. */
@@ -44,6 +45,7 @@ enum stress_failure_kind {
 	STRESS_OK,
 	STRESS_WORD,		/* word `place` of the page: expected, observed */
 	STRESS_IOCTL,		/* request: err (0: none), output; expected is the output that there should be */
+	STRESS_UNSEEN,		/* a write went through: there should be `expected` un-protections, there are `observed` */
 	STRESS_FLAGS,		/* a page fault with the flags `observed` */
 	STRESS_EVENT,		/* a message of the kind `observed` */
 	STRESS_OUTSIDE,		/* a page fault at the address `observed` */
@@ -88,6 +90,7 @@ struct stress_config {
 	uint64_t draw;		/* of this bounce's random order */
 	uint64_t patience;	/* nanoseconds without any progress after which the bounce is given up */
 	enum stress_sabotage sabotage;
+	uint64_t sabotage_at;	/* the fault of the bounce, missing or write-protect, that it strikes; the first is 0 */
 
 	/* Kept from bounce to bounce, by page. */
 	uint64_t *live;		/* what the page counts, kept beside it by whoever holds the page's lock */
@@ -95,7 +98,9 @@ struct stress_config {
 	/* Of this bounce, zero before it, by page. */
 	uint32_t *missing, *answered;	/* missing faults read; of these, answered with a fill or EEXIST */
 	uint32_t *filled;		/* UFFDIO_COPY that succeeded */
-	uint32_t *wp_faults, *unprotected;
+	uint32_t *wp_faults;		/* write-protect faults read */
+	uint32_t *unprotecting, *unprotected;	/* UFFDIO_WRITEPROTECT with mode 0, begun and done */
+	uint32_t *settled;		/* un-protections that a write after the protection half-way needs; 0: not known */
 	uint32_t *written;		/* accesses of workers */
 	uint32_t *written_late;		/* of these, begun after the last protection of the page */
 	/* By role, then by thread: STRESS_ROLES * units. */
