@@ -7,16 +7,28 @@ import os
 import pty
 import re
 import signal
+from array import array
 from typing import TYPE_CHECKING
 
 import pytest
 
-from uffd_selftests.common import Context
+from uffd_selftests.common import WP, Context
 from uffd_selftests.harness.settings import duration
 from uffd_selftests.kernel import no_userfaultfd, probe
 from uffd_selftests.mem_types import ANON, SHMEM, SHMEM_PRIVATE, MemType
 from uffd_selftests.memory import peek, poke
-from uffd_selftests.stress import Mode, Options, Sabotage, Stress, StressError
+from uffd_selftests.stress import (
+    Mode,
+    Options,
+    Sabotage,
+    Stress,
+    StressError,
+    Threads,
+    differing,
+    misprotected,
+    unbalanced,
+)
+from uffd_selftests.uapi import Feature
 
 if TYPE_CHECKING:
     from tests.conftest import Starter
@@ -57,7 +69,7 @@ def test_broken_handler_is_caught(sabotage: Sabotage, *, blocking: bool) -> None
 
 CAUGHT_LATER = {
     Sabotage.FILL_TWICE: r"times filled: page \d+: expected 1, got 2|expected a count of",
-    Sabotage.DROP_FAULT: r"missing faults answered: page \d+: expected \d+, got \d+|sleeps in its first read of page \d+",
+    Sabotage.DROP_FAULT: r"missing faults answered: page \d+: expected \d+, got|sleeps in its first read of page \d+",
     Sabotage.DROP_WP_FAULT: r"sleeps in a write to page \d+|write-protect faults answered: page \d+: expected",
     Sabotage.SKIP_WAKE: r"sleeps in its first read of page \d+",
     Sabotage.TORN_PAGE: r"page \d+ byte 0x[0-9a-f]+: expected 0x[0-9a-f]+, got zero",
@@ -106,6 +118,51 @@ def test_threads_add_up() -> None:
         assert re.match(r"copiers: filled \d+ \(\d+\+\d+", str(copiers))
 
 
+def test_protection_is_compared_with_pagemap() -> None:
+    """A page without its protection, and one that has it in spite of a write."""
+    none, all_pages = array("I", [0] * 4), array("I", [1] * 4)
+    with Context(SHMEM, features=Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM, nr_pages=4) as ctx:
+        ctx.dst.fill()
+        ctx.uffd.register(ctx.dst.range, WP)
+        ctx.uffd.writeprotect(ctx.dst.page(0, 2))
+        assert list(misprotected(ctx.dst, none, none)) == [
+            "protection lost without a write-protect fault (PM_UFFD_WP in pagemap): pages 2-3"
+        ]
+        assert list(misprotected(ctx.dst, all_pages, all_pages)) == [
+            "still protected, though written since (PM_UFFD_WP in pagemap): pages 0-1"
+        ]
+        assert list(misprotected(ctx.dst, array("I", [0, 0, 1, 1]), array("I", [0, 0, 1, 1]))) == []
+
+
+def test_sums_are_compared() -> None:
+    """Each counter that is one too high or too low leaves a sum that does not agree."""
+    sound = {
+        "handler": {"missing": 5, "filled": 3, "eexist": 2, "wp": 4, "unprotected": 4},
+        "copier": {"filled": 5, "eexist": 3},
+    }
+
+    def complaints(role: str = "", counter: str = "", more: int = 0) -> list[str]:
+        threads = [Threads("worker", {})]
+        for name, counters in sound.items():
+            changed = {key: [value + more * (name == role and key == counter), 0] for key, value in counters.items()}
+            threads.append(Threads(name, changed))
+        return list(unbalanced(8, *threads))
+
+    assert complaints() == []
+    for role, counters in sound.items():
+        for counter in counters:
+            assert complaints(role, counter, 1), counter
+            assert complaints(role, counter, -1), counter
+    assert complaints("handler", "missing", 1) == ["missing faults, filled or found filled (EEXIST): expected 6, got 5"]
+
+
+def test_differing_pages_are_named() -> None:
+    """The first page with both values, then all of them."""
+    assert list(differing("times", array("I", [1, 1, 1]), array("I", [1, 1, 1]))) == []
+    (message,) = differing("times", array("I", [1, 1, 1, 1]), array("I", [1, 2, 0, 1]))
+    assert message == "times: page 1: expected 1, got 2; wrong pages: 1-2"
+
+
 def test_modes() -> None:
     """Eight bounces have each combination once, the last one compares everything, and so it is for any number."""
     modes = list(Options(bounces=8).modes())
@@ -133,6 +190,8 @@ def test_duration_moves_the_deadline(cli: Starter) -> None:
     assert run.outcomes == {"stress (poll) on anon": "pass"}
     assert run.results["stress (poll) on anon"]["seconds"] >= 3
     assert run.document["options"]["stress_seed"] == 5
+    log = (run.folder / "stress.log").read_text().splitlines()
+    assert re.match(r"stress \(poll\) on anon, seed 5, bounce \d+ \(.*\): workers: accesses \d+ .*; copiers: ", log[0])
 
 
 @needs_userfaultfd
@@ -150,3 +209,14 @@ def test_long_run_can_be_watched_and_ended(cli: Starter) -> None:
     assert run.code == 128 + signal.SIGINT
     assert "Bail out! interrupted by SIGINT" in run.stdout
     assert run.survivors() == []
+
+
+@needs_userfaultfd
+def test_workers_share_the_seed(cli: Starter) -> None:
+    """With -n every worker has the seed of the results."""
+    run = cli.run("-n", "2", "-f", " on anon", "-k", "stress", "--stress-mib", "1", "--stress-bounces", "2")
+    assert run.outcomes == {"stress (poll) on anon": "pass", "stress (read) on anon": "pass"}
+    seed = run.document["options"]["stress_seed"]
+    lines = (run.folder / "stress.log").read_text().splitlines()
+    assert len(lines) == 4
+    assert all(f", seed {seed}, bounce " in line for line in lines)

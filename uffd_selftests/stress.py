@@ -84,16 +84,19 @@ class Options:
     """Seconds; 0: bounces count."""
     progress: bool = False
     """Show on stderr, a terminal, how far it is."""
+    log: str = ""
+    """The path of a file in which each bounce leaves a line."""
 
     @classmethod
     def of_environment(cls) -> Options:
-        """Return what UFFD_STRESS_BOUNCES, UFFD_STRESS_SEED, UFFD_DURATION and UFFD_PROGRESS say."""
+        """Return what UFFD_STRESS_*, UFFD_DURATION and UFFD_PROGRESS say."""
         get = os.environ.get
         return cls(
             int(get("UFFD_STRESS_BOUNCES") or cls.bounces),
             int(get("UFFD_STRESS_SEED") or cls.seed),
             float(get("UFFD_DURATION") or 0),
             bool(get("UFFD_PROGRESS")) and sys.stderr.isatty(),
+            get("UFFD_STRESS_LOG") or "",
         )
 
     def modes(self) -> Iterator[Mode]:
@@ -114,7 +117,7 @@ class Options:
 ROLES = ("worker", "handler", "copier")
 COUNTERS = ("accesses", "missing", "wp", "filled", "eexist", "unprotected", "repeated")
 BY_PAGE = (
-    *("missing", "answered", "filled", "written", "written_late"),
+    *("missing", "answered", "filled", "written_late"),
     *("wp_faults", "unprotecting", "unprotected", "settled"),
 )
 """The arrays of struct stress_config that hold a number a page."""
@@ -269,51 +272,14 @@ class Stress:
         counts = (array("Q", bytes(ffi.buffer(values))) for values in (self._ledger, self._live))
         yield from differing("accesses counted by the threads, and beside the page", *counts)
         if self.wp:
-            yield from self._judge_protection(dst, pages)
-        yield from self._judge_sums()
+            yield from misprotected(dst, pages["unprotected"], pages["written_late"])
+        yield from unbalanced(self.nr_pages, *self.threads)
+        handlers = self._threads_of("handler")
+        if not handlers.total("missing") or (self.wp and not handlers.total("wp")):
+            yield "expected at least one fault of each kind"
         info = self._uffd.fdinfo
         if (info.pending, info.total) != (0, 0):
             yield f"faults that nobody waits for any more (fdinfo): pending {info.pending}, total {info.total}"
-
-    @staticmethod
-    def _judge_protection(dst: Area, pages: dict[str, array[int]]) -> Iterator[str]:
-        """Each page was filled protected, and stays so until a fault is answered; the workers look after the writes."""
-        free = pages["unprotected"]
-        if not os.path.exists("/proc/self/pagemap"):
-            return
-        marks = Pagemap.entries(dst.range)[:: dst.page_size // PAGE_SIZE]
-        lost = [page for page, mark in enumerate(marks) if not free[page] and not mark & PM_UFFD_WP]
-        if lost:
-            yield f"protection lost without a write-protect fault (PM_UFFD_WP in pagemap): pages {page_numbers(lost)}"
-        late = pages["written_late"]
-        kept = [page for page, mark in enumerate(marks) if late[page] and mark & PM_UFFD_WP]
-        if kept:
-            yield f"still protected, though written since (PM_UFFD_WP in pagemap): pages {page_numbers(kept)}"
-
-    def _judge_sums(self) -> Iterator[str]:
-        """What the threads counted for themselves agrees with what the others did."""
-        handlers, copiers = self._threads_of("handler"), self._threads_of("copier")
-        sums = {
-            "pages filled by handlers and copiers": (
-                self.nr_pages,
-                handlers.total("filled") + copiers.total("filled"),
-            ),
-            "copies of copiers, done and refused": (self.nr_pages, copiers.total("filled") + copiers.total("eexist")),
-            "pages that copiers found filled (EEXIST) by a handler": (
-                handlers.total("filled"),
-                copiers.total("eexist"),
-            ),
-            "missing faults, filled and refused with EEXIST": (
-                handlers.total("missing"),
-                handlers.total("filled") + handlers.total("eexist"),
-            ),
-            "write-protect faults, un-protected": (handlers.total("wp"), handlers.total("unprotected")),
-        }
-        for what, (expected, got) in sums.items():
-            if expected != got:
-                yield f"{what}: expected {expected}, got {got}"
-        if not handlers.total("missing") or (self.wp and not handlers.total("wp")):
-            yield "expected at least one fault of each kind"
 
     def _verify(self, dst: Area) -> str:
         """Compare every byte with what it must be; return what is wrong."""
@@ -417,27 +383,65 @@ def differing(what: str, expected: array[int], got: array[int]) -> Iterator[str]
         yield f"{what}: {values}; wrong pages: {page_numbers(wrong)}"
 
 
-class Progress:
-    """A line on stderr, a terminal, that says how far a long case is."""
+def misprotected(area: Area, unprotected: array[int], written_late: array[int]) -> Iterator[str]:
+    """Yield a message if pagemap does not show a page as it must, all of which were filled protected.
+
+    What no fault made un-protected is protected still; what was written after its last protection is not.
+    """
+    if not os.path.exists("/proc/self/pagemap"):
+        return
+    marks = [bool(entry & PM_UFFD_WP) for entry in Pagemap.entries(area.range)[:: area.page_size // PAGE_SIZE]]
+    lost = [page for page, mark in enumerate(marks) if not mark and not unprotected[page]]
+    if lost:
+        yield f"protection lost without a write-protect fault (PM_UFFD_WP in pagemap): pages {page_numbers(lost)}"
+    kept = [page for page, mark in enumerate(marks) if mark and written_late[page]]
+    if kept:
+        yield f"still protected, though written since (PM_UFFD_WP in pagemap): pages {page_numbers(kept)}"
+
+
+def unbalanced(nr_pages: int, _workers: Threads, handlers: Threads, copiers: Threads) -> Iterator[str]:
+    """Yield a message for each sum that does not agree with what others have counted."""
+    missing = handlers.total("filled") + handlers.total("eexist")
+    copies = copiers.total("filled") + copiers.total("eexist")
+    for what, expected, got in (
+        ("pages filled by handlers and copiers", nr_pages, handlers.total("filled") + copiers.total("filled")),
+        ("pages that copiers filled or found filled", nr_pages, copies),
+        ("pages that copiers found filled (EEXIST)", handlers.total("filled"), copiers.total("eexist")),
+        ("missing faults, filled or found filled (EEXIST)", handlers.total("missing"), missing),
+        ("write-protect faults, un-protected", handlers.total("wp"), handlers.total("unprotected")),
+    ):
+        if expected != got:
+            yield f"{what}: expected {expected}, got {got}"
+
+
+class Watch:
+    """Tells how far a run is: on stderr, if that is a terminal, and in a file; seldom in a run that lasts."""
 
     INTERVAL = 0.5
-    """Seconds."""
+    """Seconds between two lines about a run that lasts."""
 
     def __init__(self, name: str, options: Options) -> None:
         self._name = name
         self._options = options
-        self._started = time.monotonic()
-        self._shown = 0.0
+        self._started = self._told = time.monotonic()
 
-    def show(self, stress: Stress, mode: Mode) -> None:
-        """Replace the line, if it is time and anybody looks."""
+    def tell(self, stress: Stress, mode: Mode) -> None:
+        """Tell of the bounce that has just ended, if it is time to."""
         now = time.monotonic()
-        if not self._options.progress or now - self._shown < self.INTERVAL:
+        if self._options.duration and now - self._told < self.INTERVAL:
             return
-        self._shown = now
-        done = timedelta(seconds=int(now - self._started))
-        goal = f"{timedelta(seconds=int(self._options.duration))}" if self._options.duration else "a few seconds"
-        text = f"{self._name}: {done} of {goal}, bounce {stress.bounces} ({mode}), {stress.faults} faults"
+        self._told = now
+        bounce = f"bounce {stress.bounces - 1} ({mode})"
+        if self._options.log:
+            parts = "; ".join(map(str, stress.threads))
+            with open(self._options.log, "a") as log:
+                log.write(f"{self._name}, seed {stress.seed}, {bounce}: {parts}\n")
+        if self._options.progress and self._options.duration:
+            done, goal = (timedelta(seconds=int(part)) for part in (now - self._started, self._options.duration))
+            self._show(f"{self._name}: {done} of {goal}, {bounce}, {stress.faults} faults")
+
+    @staticmethod
+    def _show(text: str) -> None:
         width = os.get_terminal_size(sys.stderr.fileno()).columns or 80  # 0 where nobody knows
         sys.stderr.write(f"\r\033[K{text[: width - 1]}")
         sys.stderr.flush()
@@ -446,8 +450,8 @@ class Progress:
 def run(ctx: Context, name: str, options: Options, *, blocking: bool) -> Stress:
     """Bounce as often or as long as the options say; the last bounce is verified."""
     stress = Stress(ctx, blocking=blocking, seed=options.seed)
-    progress = Progress(name, options)
+    watch = Watch(name, options)
     for mode in options.modes():
         stress.bounce(mode)
-        progress.show(stress, mode)
+        watch.tell(stress, mode)
     return stress

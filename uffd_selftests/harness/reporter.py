@@ -19,6 +19,8 @@ environment.json
     why there were too few huge pages, why the kernel log could not be watched, and the letters of the taint flags.
 dmesg.txt
     What the kernel logged during the run.
+stress.log
+    A line for each bounce of a stress case (in a long run, two a second): result, seed, mode, what each thread did.
 """
 
 from __future__ import annotations

@@ -20,6 +20,9 @@ from uffd_selftests.harness import gating
 if TYPE_CHECKING:
     from uffd_selftests.case import Case
 
+STRESS_LOG = "stress.log"
+"""In the folder of ``-o``: a line for each bounce of a stress case, with what each thread did."""
+
 Parse = Callable[[str], Any]
 
 
@@ -38,13 +41,13 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
-def duration(text: str) -> float:
+def duration(text: str) -> int:
     """Read a duration like 90s, 10m, 1h30m or 90 as seconds, nothing as 0; raises ValueError."""
     match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text)
     if not match:
         raise ValueError(f"{text!r} is not a duration like 90s, 10m or 1h30m")
     hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return float(3600 * hours + 60 * minutes + seconds)
+    return 3600 * hours + 60 * minutes + seconds
 
 
 def seed(text: str) -> int:
@@ -109,7 +112,7 @@ class Settings:
     """The same, of a stress case."""
     stress_bounces: int
     stress_seed: int
-    duration: float
+    duration: int
     """Seconds for which a stress case repeats its work; 0: as often as bounces are asked for."""
     require: frozenset[str]
     filters: tuple[str, ...]
@@ -167,6 +170,7 @@ class Settings:
             UFFD_STRESS_SEED=str(self.stress_seed),
             UFFD_DURATION=str(self.duration),
             UFFD_PROGRESS="1" if progress else "",
+            UFFD_STRESS_LOG=str(self.folder / STRESS_LOG) if self.folder else "",
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -51,7 +51,7 @@ struct bounce {
 	_Atomic uint64_t faults;	/* that could be sabotaged */
 	_Atomic uint64_t steps;		/* changes as long as the bounce gets on */
 
-	pthread_mutex_t lock;		/* of what follows, and of written and ledger */
+	pthread_mutex_t lock;		/* of what follows, and of the ledger */
 	pthread_cond_t changed;
 	uint64_t arrived;		/* workers that have had their first access */
 	bool open;			/* everybody goes on after it */
@@ -380,10 +380,8 @@ static void *worker_main(void *arg)
 	else
 		fail(t, (struct stress_failure){ .kind = STRESS_THREAD, .err = ENOMEM });
 	pthread_mutex_lock(&b->lock);
-	for (uint64_t page = 0; tally && page < b->c->nr_pages; page++) {
-		b->c->written[page] += tally[page];
+	for (uint64_t page = 0; tally && page < b->c->nr_pages; page++)
 		b->c->ledger[page] += tally[page];
-	}
 	pthread_mutex_unlock(&b->lock);
 	free(tally);
 	report(b, &b->left);

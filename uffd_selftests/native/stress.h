@@ -101,8 +101,7 @@ struct stress_config {
 	uint32_t *wp_faults;		/* write-protect faults read */
 	uint32_t *unprotecting, *unprotected;	/* UFFDIO_WRITEPROTECT with mode 0, begun and done */
 	uint32_t *settled;		/* un-protections that a write after the protection half-way needs; 0: not known */
-	uint32_t *written;		/* accesses of workers */
-	uint32_t *written_late;		/* of these, begun after the last protection of the page */
+	uint32_t *written_late;		/* accesses of workers that began after the last protection of the page */
 	/* By role, then by thread: STRESS_ROLES * units. */
 	struct stress_thread *threads;
 };
