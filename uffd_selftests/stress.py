@@ -438,7 +438,7 @@ class Watch:
                 log.write(f"{self._name}, seed {stress.seed}, {bounce}: {parts}\n")
         if self._options.progress and self._options.duration:
             done, goal = (timedelta(seconds=int(part)) for part in (now - self._started, self._options.duration))
-            self._show(f"{self._name}: {done} of {goal}, {bounce}, {stress.faults} faults")
+            self._show(f"{self._name}: {done} of {goal}, {stress.faults} faults, {bounce}")
 
     @staticmethod
     def _show(text: str) -> None:

@@ -645,20 +645,18 @@ static void fail_stuck(struct bounce *b)
 /* Wait until all units are counted, as long as something moves. */
 static bool await(struct bounce *b, const uint64_t *counter)
 {
-	uint64_t seen = b->steps;
 	bool stuck = false;
 
 	pthread_mutex_lock(&b->lock);
 	while (*counter < b->c->units && !b->failed && !stuck) {
+		uint64_t seen = b->steps;
 		struct timespec until;
 
 		clock_gettime(CLOCK_MONOTONIC, &until);
 		until.tv_sec += (until.tv_nsec + b->c->patience) / 1000000000;
 		until.tv_nsec = (until.tv_nsec + b->c->patience) % 1000000000;
-		if (pthread_cond_timedwait(&b->changed, &b->lock, &until) == ETIMEDOUT) {
+		if (pthread_cond_timedwait(&b->changed, &b->lock, &until) == ETIMEDOUT)
 			stuck = b->steps == seen;
-			seen = b->steps;
-		}
 	}
 	pthread_mutex_unlock(&b->lock);
 	if (stuck)
