@@ -55,6 +55,8 @@ def parser() -> Parser:
     add("-k", dest="keyword", metavar="EXPR", help="only results that pytest's -k would choose: 'move and not hugetlb'")
     add("-n", dest="workers", metavar="N", type=_workers, default="0", help="run in N processes, or auto")
     add("-o", "--output", metavar="DIR", type=Path, help=f"write {', '.join(FILES)} and junit.xml into DIR")
+    add("--probe", action="store_true", help="say what this kernel can do instead, and for whom that is enough")
+    add("--json", action="store_true", help="with --probe: as JSON (docs/probe.md)")
     add("--documented-only", action="store_true", help="leave out what only the kernel's source promises")
     add("--strict", action="store_true", help="let known defects of kernels fail")
     for each in OPTIONS:
@@ -83,12 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for each in OPTIONS:
             each.value(getattr(args, each.name))
         check_keyword(args.keyword or "")
+        _check_probe(args, passed)
         if args.output and not args.list:
             _make_ready(args.output)
     except ValueError as error:
         sys.stderr.write(f"{PROGRAM}: {error}\n")
         return EXIT_USAGE
-    return _run(args, passed)
+    return _probe(args) if args.probe else _run(args, passed)
 
 
 def _check_stdout() -> None:
@@ -97,6 +100,24 @@ def _check_stdout() -> None:
         os.fstat(1)
     except OSError:
         raise ValueError("stdout is closed") from None
+
+
+def _check_probe(args: argparse.Namespace, passed: list[str]) -> None:
+    """Refuse what a probe would ignore; raises ValueError."""
+    if args.json and not args.probe:
+        raise ValueError("--json needs --probe")
+    chosen = [args.list, args.filter, args.keyword, args.workers != "0", args.output, args.require, passed]
+    if args.probe and any(chosen):
+        raise ValueError("--probe runs nothing: it takes --json, --deadline-scale and --area-mib only")
+
+
+def _probe(args: argparse.Namespace) -> int:
+    """Say what the kernel can do."""
+    values = {each.name: each.value(getattr(args, each.name)) for each in OPTIONS}
+    os.environ["UFFD_DEADLINE_SCALE"] = f"{values['deadline_scale']:g}"  # uffd_selftests.common reads it
+    from uffd_selftests.probe import command  # noqa: PLC0415  # which loads that
+
+    return command.main(as_json=args.json, area_bytes=values["area_mib"] << 20)
 
 
 def _make_ready(folder: Path) -> None:

@@ -67,6 +67,11 @@ WP = RegisterMode.WP
 MINOR = RegisterMode.MINOR
 RWP = RegisterMode.RWP
 
+WRITEPROTECT = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
+"""Write protection, of any type of memory."""
+MINOR_FAULTS = Feature.MINOR_HUGETLBFS | Feature.MINOR_SHMEM
+"""Minor faults, of any type of memory that has them."""
+
 DEADLINE = 10.0 * float(os.environ.get("UFFD_DEADLINE_SCALE") or 1)
 """Seconds after which something awaited counts as not happening."""
 
@@ -224,6 +229,21 @@ def refuses(number: int, *, output: int | None = None) -> Iterator[None]:
             raise AssertionError(f"expected {text}; got {error}") from None
     else:
         raise AssertionError(f"expected {errno_name(number)}; the call succeeded")
+
+
+@contextmanager
+def held_up() -> Iterator[None]:
+    """Assert that the fill in the block says EAGAIN: an event is unread, or the operation behind it not over yet.
+
+    The output field says so, too, or is left alone, as by kernels before 6.15; event-output-field tells which.
+    """
+    try:
+        with refuses(errno.EAGAIN):
+            yield
+    except AssertionError as error:
+        cause = error.__context__
+        if not isinstance(cause, UffdError) or (cause.errno, cause.output) != (errno.EAGAIN, UNTOUCHED):
+            raise
 
 
 @contextmanager
@@ -936,9 +956,9 @@ def require_collapse(ctx: Context) -> None:
         raise Skip(f"no transparent huge page of {ctx.mem} memory to be had: {error} (Linux 6.1)") from None
 
 
-def huge_area(ctx: Context) -> Area:
-    """Map an area that one transparent huge page fills, mapped as such; Skip where none can be had."""
-    area = ctx.allocate(pmd_size() // PAGE_SIZE)
+def huge_area(ctx: Context, count: int = 1) -> Area:
+    """Map an area that so many transparent huge pages fill, mapped as such; Skip where none can be had."""
+    area = ctx.allocate(count * pmd_size() // PAGE_SIZE)
     try:
         advise(area.range, Advice.HUGEPAGE)
         area.fill()

@@ -11,6 +11,7 @@ import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 
 from uffd_selftests import cases
 from uffd_selftests.case import ATTRIBUTE, Case
@@ -86,15 +87,21 @@ def _table(name: str, columns: int) -> Iterator[list[str]]:
             yield fields
 
 
-def declared() -> list[Declared]:
-    """Return every declared case, in the order of files and lines."""
-    found = []
+def functions() -> Iterator[tuple[Case, FunctionType]]:
+    """Yield every declared case with its function, in the order of files and lines; imports all cases."""
     for module in pkgutil.walk_packages(cases.__path__, f"{cases.__name__}."):
         for function in vars(importlib.import_module(module.name)).values():
             case = getattr(function, ATTRIBUTE, None)
             if isinstance(case, Case) and function.__module__ == module.name:
-                path = module.name.replace(".", "/") + ".py"
-                found.append(Declared(case, first_sentence(function.__doc__), path, function.__name__))
+                yield case, function
+
+
+def declared() -> list[Declared]:
+    """Return what is told of every declared case, in the order of files and lines."""
+    found = []
+    for case, function in functions():
+        path = function.__module__.replace(".", "/") + ".py"
+        found.append(Declared(case, first_sentence(function.__doc__), path, function.__name__))
     return found
 
 

@@ -27,7 +27,8 @@ from uffd_selftests.machine import (
     lack_of_hugepages,
     repair,
 )
-from uffd_selftests.native import ffi, lib
+from uffd_selftests.native import lib
+from uffd_selftests.syscalls import mount_nowhere
 from uffd_selftests.uapi import (
     NR_USERFAULTFD,
     PAGEMAP_SCAN,
@@ -80,11 +81,6 @@ CAPABILITIES = (
 
 # The first user namespace's inode number, PROC_USER_INIT_INO of include/linux/proc_ns.h.
 INITIAL_USER_NAMESPACE = "user:[4026531837]"
-
-# From fsopen on, a system call has the same number everywhere, but for the bases of the MIPS ABIs (4000, 5000, 6000).
-NR_FSOPEN, NR_FSCONFIG, NR_FSMOUNT = (NR_USERFAULTFD // 1000 * 1000 + nr for nr in (430, 431, 432))
-FSOPEN_CLOEXEC = FSMOUNT_CLOEXEC = 1
-FSCONFIG_CMD_CREATE = 6
 
 
 # ---- facts ---------------------------------------------------------------------------------------------------------
@@ -321,22 +317,11 @@ def open_debugfs(path: str, flags: int) -> int:
     flags |= os.O_CLOEXEC
     if DEBUGFS.is_mount():
         return os.open(DEBUGFS / path, flags)
-    mount = _detached_mount("debugfs")
+    mount = mount_nowhere("debugfs")
     try:
         return os.open(path, flags, dir_fd=mount)
     finally:
         os.close(mount)
-
-
-def _detached_mount(filesystem: str) -> int:
-    """Mount a file system nowhere (fsopen(2), fsmount(2)); the descriptor returned is its root."""
-    name = ffi.new("char[]", filesystem.encode())
-    context = _syscall(NR_FSOPEN, int(ffi.cast("intptr_t", name)), FSOPEN_CLOEXEC)
-    try:
-        _syscall(NR_FSCONFIG, context, FSCONFIG_CMD_CREATE)
-        return _syscall(NR_FSMOUNT, context, FSMOUNT_CLOEXEC)
-    finally:
-        os.close(context)
 
 
 # ---- probing -------------------------------------------------------------------------------------------------------

@@ -68,6 +68,8 @@ class MemType:
     name: str
     backing: Backing
     shared: bool
+    huge_size: int = 0
+    """Bytes of its huge pages where they are not of the default size."""
 
     @property
     def hugetlb(self) -> bool:
@@ -76,8 +78,16 @@ class MemType:
 
     @property
     def page_size(self) -> int:
-        """The unit of a fault, in bytes: a base page, or the default huge page."""
-        return _HUGEPAGE_SIZE if self.hugetlb else PAGE_SIZE
+        """The unit of a fault, in bytes: a base page, or a huge page."""
+        return (self.huge_size or _HUGEPAGE_SIZE) if self.hugetlb else PAGE_SIZE
+
+    @property
+    def memfd_flags(self) -> int:
+        """Flags of memfd_create(2) for the file behind it."""
+        if not self.hugetlb:
+            return os.MFD_CLOEXEC
+        size = (self.huge_size.bit_length() - 1) << os.MFD_HUGE_SHIFT if self.huge_size else 0
+        return os.MFD_CLOEXEC | os.MFD_HUGETLB | size
 
     def allocate(self, nr_pages: int, *, reserve: bool = False) -> Area:
         """Map an empty area. With ``reserve``, hugetlb promises its pages now: ENOMEM here, not SIGBUS later."""
@@ -93,6 +103,11 @@ SHMEM_PRIVATE = MemType("shmem-private", Backing.SHMEM, shared=False)
 HUGETLB = MemType("hugetlb", Backing.HUGETLB, shared=True)
 HUGETLB_PRIVATE = MemType("hugetlb-private", Backing.HUGETLB, shared=False)
 ALL = (ANON, SHMEM, SHMEM_PRIVATE, HUGETLB, HUGETLB_PRIVATE)
+NOT_HUGETLB = (ANON, SHMEM, SHMEM_PRIVATE)
+EACH_HUGETLB = (HUGETLB, HUGETLB_PRIVATE)
+FILE_BACKED = (SHMEM, SHMEM_PRIVATE, HUGETLB, HUGETLB_PRIVATE)
+SHARED = (SHMEM, HUGETLB)
+PRIVATE = (ANON, SHMEM_PRIVATE, HUGETLB_PRIVATE)
 
 
 _place = 1 << 36
@@ -130,7 +145,7 @@ class Area:
         self._reservations: list[Range] = []
         self._alias: Range | None = None
         if mem.backing is not Backing.ANON:
-            self.fd = os.memfd_create(f"uffd-{mem.name}", os.MFD_CLOEXEC | (os.MFD_HUGETLB if mem.hugetlb else 0))
+            self.fd = os.memfd_create(f"uffd-{mem.name}", mem.memfd_flags)
             os.ftruncate(self.fd, nr_pages * self.page_size)
         try:
             self.start = self._map()
@@ -141,9 +156,10 @@ class Area:
     def _map(self) -> int:
         """Map the object at a fresh PMD-aligned place, with more around it: neighbours must not merge with it."""
         length = self.nr_pages * self.page_size
-        reservation = _reserve(length + 2 * _ALIGNMENT)
+        alignment = max(_ALIGNMENT, self.page_size)
+        reservation = _reserve(length + 2 * alignment)
         self._reservations.append(reservation)
-        start = -(-(reservation.start + PAGE_SIZE) // _ALIGNMENT) * _ALIGNMENT
+        start = -(-(reservation.start + PAGE_SIZE) // alignment) * alignment
         flags = MAP_FIXED | (MAP_SHARED if self.mem.shared else MAP_PRIVATE)
         if self.fd is None:
             flags |= MAP_ANONYMOUS

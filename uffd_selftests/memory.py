@@ -311,19 +311,23 @@ class Pattern:
 def smaps_fields(where: Range, pid: int | str = "self") -> Iterator[dict[str, str]]:
     """Yield, for each mapping that overlaps the range, its fields in /proc/PID/smaps; sizes read like "2048 kB"."""
     fields: dict[str, str] | None = None
-    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
-        first, _, rest = line.partition(" ")
-        if first.endswith(":"):
+    with Path(f"/proc/{pid}/smaps").open() as lines:
+        for line in lines:
+            first, _, rest = line.partition(" ")
+            if first.endswith(":"):
+                if fields is not None:
+                    fields[first[:-1]] = rest.strip()
+                continue
             if fields is not None:
-                fields[first[:-1]] = rest.strip()
-            continue
+                yield fields
+                fields = None
+            start, _, end = first.partition("-")
+            if int(start, 16) >= where.end:  # the kernel makes the rest only when asked for, and that takes long
+                break
+            if int(end, 16) > where.start:
+                fields = {"start": start, "end": end}
         if fields is not None:
             yield fields
-        start, _, end = first.partition("-")
-        overlaps = int(start, 16) < where.end and int(end, 16) > where.start
-        fields = {"start": start, "end": end} if overlaps else None
-    if fields is not None:
-        yield fields
 
 
 def smaps_bytes(where: Range, *fields: str) -> int:

@@ -177,12 +177,25 @@ def faulting(
     if flags is None:
         flags = PagefaultFlag.WRITE if write else PagefaultFlag(0)
     with Waiter(call) as waiter:
+        _await_message(uffd, waiter, f"a page fault at {address:#x} with flags {flags}")
         if read:
             page = address - address % memory.PAGE_SIZE
             waiter.fault = uffd.wait_fault(page if at is None else at, flags)
-        elif not uffd.readable(DEADLINE):
-            raise AssertionError(f"expected a page fault at {address:#x}; nothing came within {DEADLINE:g} seconds")
         yield waiter
+
+
+def _await_message(uffd: Uffd, waiter: Waiter, what: str) -> None:
+    """Wait for a message that a call must cause; AssertionError also when the call ends without one."""
+    end = time.monotonic() + DEADLINE
+    while not uffd.readable(0.02):
+        if time.monotonic() > end:
+            raise AssertionError(f"expected {what}; nothing came within {DEADLINE:g} seconds")
+        if waiter.done and not uffd.readable():
+            try:
+                waiter.result()
+            except OSError as error:
+                raise AssertionError(f"expected {what}; without one, the access failed: {error}") from None
+            raise AssertionError(f"expected {what}; the access went through without one")
 
 
 @contextmanager

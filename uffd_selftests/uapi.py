@@ -100,8 +100,9 @@ class Mask(enum.IntFlag):
     @property
     def names(self) -> tuple[str, ...]:
         """The kernel's names of the bits that are set, lowest bit first; ``bit 23`` for one without a name."""
-        known = {member.value: f"{self.prefix}{member.name}" for member in type(self)}
-        return tuple(known.get(1 << bit, f"bit {bit}") for bit in range(64) if self.value >> bit & 1)
+        value = int(self)
+        members = ((bit, type(self)(1 << bit)) for bit in range(value.bit_length()) if value >> bit & 1)
+        return tuple(f"{self.prefix}{member.name}" if member.name else f"bit {bit}" for bit, member in members)
 
     def __str__(self) -> str:
         return "|".join(self.names) or "0"

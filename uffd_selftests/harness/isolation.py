@@ -116,6 +116,10 @@ class Isolator:
         """Keep children from writing to this descriptor."""
         self._guarded.append(fd)
 
+    def spare(self, pid: int) -> None:
+        """Take this process for none that a case left behind."""
+        self._spared.add(pid)
+
     def run(self, work: Work, *, deadline: float) -> Ending:
         """Run work in a child process and return how that ended; whatever happens, the child is gone afterwards.
 
@@ -151,7 +155,7 @@ class Isolator:
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
-        pid = _fork()
+        pid = fork()
         if not pid:
             os.close(reports)
             try:
@@ -287,7 +291,8 @@ class _Child:
             os.close(fd)
 
 
-def _fork() -> int:
+def fork() -> int:
+    """Fork as os.fork does, without its warning."""
     if sys.version_info < (3, 12):
         return os.fork()
     with warnings.catch_warnings():
@@ -296,12 +301,17 @@ def _fork() -> int:
         return os.fork()
 
 
-def _settle(parent: int, guarded: Iterable[int]) -> None:
-    """Make this process, a fresh child, a group of its own that dies with its parent and disturbs nobody."""
+def die_with(parent: int) -> None:
+    """Make this process, a fresh child, a group of its own that dies with its parent."""
     os.setpgid(0, 0)
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it died before the line above took effect
         os._exit(1)
+
+
+def _settle(parent: int, guarded: Iterable[int]) -> None:
+    """Make this process, a fresh child, one that dies with its parent and disturbs nobody."""
+    die_with(parent)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     gc.disable()

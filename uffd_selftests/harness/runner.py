@@ -14,6 +14,7 @@ from _pytest.runner import runtestprotocol
 from uffd_selftests.harness import gating, plain, proc
 from uffd_selftests.harness.health import HugepageUse
 from uffd_selftests.harness.isolation import Ending, How, Isolator, Send
+from uffd_selftests.harness.launcher import Launcher
 from uffd_selftests.harness.results import declaration
 from uffd_selftests.machine import lack_of_hugepages
 
@@ -60,10 +61,16 @@ class Runner:
         cpus = sorted(os.sched_getaffinity(0))
         self._cpu = cpus[cpu % len(cpus)]
         """Where cases run that want a single CPU; another one for each worker."""
+        self._launcher: Launcher | None = None
+        """Runs plain cases."""
         self._isolator: Isolator | None = None
+        """Runs everything else: what is forked here has whatever other plugins left in this process."""
 
     def close(self) -> None:
         """End what is running."""
+        if self._launcher:
+            self._launcher.close()
+            self._launcher = None
         if self._isolator:
             self._isolator.close()
             self._isolator = None
@@ -122,14 +129,10 @@ class Runner:
         return True
 
     def _isolated(self, item: pytest.Item, *, hugepages: bool) -> list[pytest.TestReport]:
-        if not self._isolator:
-            self._isolator = Isolator()
-            for fd in self._guarded:
-                self._isolator.guard(fd)
         pages = HugepageUse(self._facts.hugepage_size if hugepages and self._health else 0)
         case, _, _ = declaration(item)
         deadline = self._settings.deadline_of(case)
-        ending = self._isolator.run(lambda send: self._perform(item, send), deadline=deadline)
+        ending = self._launch(item, deadline) if plain.is_plain(item) else self._fork(item, deadline)
         if case and case.stress and ending.how is not How.DONE:
             ending.evidence.append(f"again: --stress-seed {self._settings.stress_seed}")
         reports = _reports(item, ending)
@@ -140,6 +143,27 @@ class Runner:
         if self._health and (complaints := self._health.complaints()):
             _fail_late(item, reports, "the kernel complained", complaints)
         return reports
+
+    def _launch(self, item: pytest.Item, deadline: float) -> Ending:
+        """Run a plain case in a child of a process that does nothing else."""
+        if not self._launcher:
+            items = {item.nodeid: item for item in item.session.items}
+            self._launcher = Launcher(lambda name: lambda send: self._perform(items[name], send), self._guarded)
+            if self._isolator:
+                self._isolator.spare(self._launcher.pid)
+        ending = self._launcher.run(item.nodeid, deadline=deadline)
+        if not self._launcher.alive:
+            self._launcher.close()
+            self._launcher = None
+        return ending
+
+    def _fork(self, item: pytest.Item, deadline: float) -> Ending:
+        """Run a test in a child of this process."""
+        if not self._isolator:
+            self._isolator = Isolator()
+            for fd in self._guarded:
+                self._isolator.guard(fd)
+        return self._isolator.run(lambda send: self._perform(item, send), deadline=deadline)
 
     def _perform(self, item: pytest.Item, send: Send) -> None:
         """Run a test in the child and send its reports one by one, so that a later crash does not take them along."""

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from ctypes import addressof, sizeof
 from errno import EFAULT, EINVAL, EPERM
 from functools import partial
@@ -28,7 +27,7 @@ from uffd_selftests.common import (
     swap_out,
 )
 from uffd_selftests.files import plain_file
-from uffd_selftests.mem_types import ALL, ANON, HUGETLB, HUGETLB_PRIVATE, SHMEM, SHMEM_PRIVATE, Area
+from uffd_selftests.mem_types import ALL, ANON, HUGETLB, HUGETLB_PRIVATE, SHMEM, SHMEM_PRIVATE
 from uffd_selftests.memory import (
     MAP_PRIVATE,
     MAP_SHARED,
@@ -43,53 +42,24 @@ from uffd_selftests.memory import (
     unmap,
 )
 from uffd_selftests.processes import Channel, Child, Waiter, faulting, undisturbed
-from uffd_selftests.uapi import CopyMode, Feature, PageCategory, PagefaultFlag, PmScanFlag
-
-ASYNC = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_ASYNC
-SCAN = ("pagemap_scan",)
-
-WRITTEN = PageCategory.WRITTEN
-PRESENT = PageCategory.PRESENT
-WPALLOWED = PageCategory.WPALLOWED
-NONE = PageCategory(0)
-
-CHECK = PmScanFlag.CHECK_WPASYNC
-WP_MATCHING = PmScanFlag.WP_MATCHING
-RESTART = WP_MATCHING | CHECK
-"""Report what was written, and protect it again in the same step."""
+from uffd_selftests.tracking import (
+    ASYNC,
+    CHECK,
+    NONE,
+    PRESENT,
+    RESTART,
+    SCAN,
+    WP_MATCHING,
+    WPALLOWED,
+    WRITTEN,
+    expect_written,
+    regions,
+    tracked,
+    write,
+)
+from uffd_selftests.uapi import CopyMode, Feature, PageCategory, PagefaultFlag
 
 NEW = b"\xa5\x5a new"
-
-
-def tracked(ctx: Context) -> Area:
-    """Return the destination area, its pages present, registered and protected."""
-    ctx.dst.fill()
-    ctx.uffd.register(ctx.dst.range, WP)
-    ctx.uffd.writeprotect(ctx.dst.range)
-    return ctx.dst
-
-
-def write(uffd: Uffd, area: Area, *pages: int) -> None:
-    """Write to pages, changing nothing; nobody may hear of it."""
-    for page in pages:
-        undisturbed(uffd, partial(touch, area.page(page), area.page_size, write=True))
-
-
-def regions(area: Area, pages: Iterable[int], categories: PageCategory = WRITTEN) -> list[Region]:
-    """Return what PAGEMAP_SCAN must report for pages of the same categories."""
-    found: list[Region] = []
-    for page in sorted(pages):
-        start, end = area.page(page).start, area.page(page).end
-        if found and found[-1].end == start:
-            found[-1] = Region(found[-1].start, end, categories)
-        else:
-            found.append(Region(start, end, categories))
-    return found
-
-
-def expect_written(area: Area, pages: Iterable[int], when: str, flags: PmScanFlag = CHECK) -> None:
-    """Assert that PAGEMAP_SCAN reports exactly these pages of the area as written, and looks at the whole."""
-    expect(Pagemap.scan(area.range, WRITTEN, flags=flags), Scan(regions(area, pages), area.range.end), when)
 
 
 # ---- writes --------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from uffd_selftests.common import (
     MISSING,
     UNREGISTERED,
     WP,
+    WRITEPROTECT,
     Context,
     Fault,
     Forked,
@@ -51,7 +52,6 @@ from uffd_selftests.uapi import Feature, PagefaultFlag
 
 BLOCKING = DEFAULT_FLAGS & ~os.O_NONBLOCK
 KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK
-WRITEPROTECT = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
 EVENTS = Feature.EVENT_REMOVE | Feature.EVENT_REMAP | Feature.EVENT_UNMAP
 WRITE_TO_PROTECTED = PagefaultFlag.WRITE | PagefaultFlag.WP
 

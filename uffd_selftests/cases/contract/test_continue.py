@@ -14,6 +14,7 @@ from uffd_selftests import uapi
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
     MINOR,
+    MINOR_FAULTS,
     MISSING,
     UNTOUCHED,
     WP,
@@ -23,13 +24,14 @@ from uffd_selftests.common import (
     UffdError,
     bad_ranges,
     expect,
+    held_up,
     huge_area,
     page_out,
     promise,
     refuses,
 )
 from uffd_selftests.kernel import open_debugfs
-from uffd_selftests.mem_types import ANON, HUGETLB, HUGETLB_PRIVATE, SHMEM, SHMEM_PRIVATE, Area
+from uffd_selftests.mem_types import ANON, FILE_BACKED, HUGETLB, HUGETLB_PRIVATE, SHMEM, SHMEM_PRIVATE, Area
 from uffd_selftests.memory import (
     PAGE_SIZE,
     PROT_READ,
@@ -49,12 +51,8 @@ from uffd_selftests.memory import (
 from uffd_selftests.processes import faulting, handled, orphaned, undisturbed, unread_event
 from uffd_selftests.uapi import PM_PFN_MASK, ContinueMode, Feature, PagefaultFlag, RegisterMode
 
-FILE = (SHMEM, SHMEM_PRIVATE, HUGETLB, HUGETLB_PRIVATE)
-"""The memory types that have a page cache, hence minor faults."""
-
-MINORS = Feature.MINOR_HUGETLBFS | Feature.MINOR_SHMEM
 # No bit of its own says that UFFDIO_CONTINUE can protect; it came with WP_UNPOPULATED.
-MINOR_WP = MINORS | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_UNPOPULATED
+MINOR_WP = MINOR_FAULTS | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_UNPOPULATED
 
 HOLE = PagefaultFlag(0)
 CACHED = PagefaultFlag.MINOR
@@ -89,7 +87,7 @@ def expect_mapped(ctx: Context, *pages: int) -> None:
 # ---- what it does --------------------------------------------------------------------------------------------------
 
 
-@uffd_case("continue-maps", mem=FILE, features=MINORS, pages=3, rows=("CT-01", "CT-02", "CT-18", "CT-24"))
+@uffd_case("continue-maps", mem=FILE_BACKED, features=MINOR_FAULTS, pages=3, rows=("CT-01", "CT-02", "CT-18", "CT-24"))
 def test_continue_maps(ctx: Context) -> None:
     """UFFDIO_CONTINUE maps that one page as the page cache holds it by then; filling the cache raised no fault."""
     flipped = replace(ctx.dst.pattern, flipped=True)
@@ -109,7 +107,7 @@ def test_continue_maps(ctx: Context) -> None:
     ctx.uffd.expect_no_message()
 
 
-@uffd_case("continue-flags", mem=FILE, features=MINORS, pages=2, rows=("CT-01", "CT-03"))
+@uffd_case("continue-flags", mem=FILE_BACKED, features=MINOR_FAULTS, pages=2, rows=("CT-01", "CT-03"))
 def test_continue_flags(ctx: Context) -> None:
     """A read of a cached page is announced with MINOR alone, a write with MINOR and WRITE."""
     first, second = ctx.dst.page(0), ctx.dst.page(1)
@@ -124,7 +122,7 @@ def test_continue_flags(ctx: Context) -> None:
     ctx.uffd.expect_no_message()
 
 
-@uffd_case("continue-wakes", mem=FILE, features=MINORS, pages=4, rows=("CT-01",))
+@uffd_case("continue-wakes", mem=FILE_BACKED, features=MINOR_FAULTS, pages=4, rows=("CT-01",))
 def test_continue_wakes(ctx: Context) -> None:
     """UFFDIO_CONTINUE wakes who waits for one of its pages, and nobody on the pages beside them."""
     with cached(ctx), faulting_pages(ctx, CACHED, CACHED, CACHED, CACHED):
@@ -136,7 +134,7 @@ def test_continue_wakes(ctx: Context) -> None:
             ctx.uffd.expect_still_asleep(asleep)
 
 
-@uffd_case("continue-dontwake", mem=FILE, features=MINORS, pages=2, rows=("CT-04", "CT-11"))
+@uffd_case("continue-dontwake", mem=FILE_BACKED, features=MINOR_FAULTS, pages=2, rows=("CT-04", "CT-11"))
 def test_continue_dontwake(ctx: Context) -> None:
     """With DONTWAKE the page is there and its thread sleeps on, through an UFFDIO_CONTINUE that finds it there too."""
     page = ctx.dst.page(0)
@@ -153,7 +151,7 @@ def test_continue_dontwake(ctx: Context) -> None:
     ctx.uffd.expect_no_message()
 
 
-@uffd_case("continue-eexist", mem=FILE, features=MINORS, pages=3, rows=("CT-04",))
+@uffd_case("continue-eexist", mem=FILE_BACKED, features=MINOR_FAULTS, pages=3, rows=("CT-04",))
 def test_continue_eexist(ctx: Context) -> None:
     """UFFDIO_CONTINUE refuses a page that is mapped already, be it from the page cache or a private copy."""
     with ctx.dst.file_view() as where:
@@ -169,7 +167,13 @@ def test_continue_eexist(ctx: Context) -> None:
 
 
 @uffd_case(
-    "continue-eexist-huge", mem=(SHMEM,), features=MINORS, needs=("thp",), pages=1, rows=("CT-04",), kind=Kind.DETAIL
+    "continue-eexist-huge",
+    mem=(SHMEM,),
+    features=MINOR_FAULTS,
+    needs=("thp",),
+    pages=1,
+    rows=("CT-04",),
+    kind=Kind.DETAIL,
 )
 def test_continue_eexist_huge(ctx: Context) -> None:
     """UFFDIO_CONTINUE refuses a part of a transparent huge page that is mapped as a whole, and does not split it."""
@@ -181,7 +185,13 @@ def test_continue_eexist_huge(ctx: Context) -> None:
 
 
 @uffd_case(
-    "continue-huge-part", mem=(SHMEM,), features=MINORS, needs=("thp",), pages=1, rows=("CT-18",), kind=Kind.DETAIL
+    "continue-huge-part",
+    mem=(SHMEM,),
+    features=MINOR_FAULTS,
+    needs=("thp",),
+    pages=1,
+    rows=("CT-18",),
+    kind=Kind.DETAIL,
 )
 def test_continue_huge_part(ctx: Context) -> None:
     """Of a transparent huge page in the page cache too, UFFDIO_CONTINUE maps just the pages that it is asked for."""
@@ -194,7 +204,7 @@ def test_continue_huge_part(ctx: Context) -> None:
     area.expect_pattern_of(area, 5, 2)
 
 
-@uffd_case("continue-hole", mem=FILE, features=MINORS, pages=2, rows=("CT-05", "CT-16"))
+@uffd_case("continue-hole", mem=FILE_BACKED, features=MINOR_FAULTS, pages=2, rows=("CT-05", "CT-16"))
 def test_continue_hole(ctx: Context) -> None:
     """UFFDIO_CONTINUE refuses a page that is not in the page cache, fills no hole, and wakes nobody."""
     hole = ctx.dst.page(1)
@@ -207,7 +217,7 @@ def test_continue_hole(ctx: Context) -> None:
         ctx.uffd.copy(hole.start, ctx.src.start, hole.len)
 
 
-@uffd_case("continue-partial", mem=FILE, features=MINORS, pages=4, rows=("CT-06",))
+@uffd_case("continue-partial", mem=FILE_BACKED, features=MINOR_FAULTS, pages=4, rows=("CT-06",))
 def test_continue_partial(ctx: Context) -> None:
     """UFFDIO_CONTINUE stops at a page that it cannot map, says how far it came, and wakes the threads up to there."""
     with cached(ctx, 0, 1, 3, mode=MISSING | MINOR), faulting_pages(ctx, CACHED, CACHED, HOLE, CACHED):
@@ -223,7 +233,7 @@ def test_continue_partial(ctx: Context) -> None:
         ctx.uffd.continue_(ctx.dst.page(3))
 
 
-@uffd_case("continue-missing-and-minor", mem=FILE, features=MINORS, pages=2, rows=("CT-15",))
+@uffd_case("continue-missing-and-minor", mem=FILE_BACKED, features=MINOR_FAULTS, pages=2, rows=("CT-15",))
 def test_continue_missing_and_minor(ctx: Context) -> None:
     """A range registered for both reports a cached page as minor and a hole as missing."""
     ctx.src.fill()
@@ -236,7 +246,7 @@ def test_continue_missing_and_minor(ctx: Context) -> None:
     ctx.uffd.expect_no_message()
 
 
-@uffd_case("continue-not-copy", mem=(SHMEM, HUGETLB), features=MINORS, pages=2, rows=("CT-16",), kind=Kind.DETAIL)
+@uffd_case("continue-not-copy", mem=(SHMEM, HUGETLB), features=MINOR_FAULTS, pages=2, rows=("CT-16",), kind=Kind.DETAIL)
 def test_continue_not_copy(ctx: Context) -> None:
     """A minor fault of shared memory cannot be answered with other contents: the page cache has the page."""
     page = ctx.dst.page(0)
@@ -250,7 +260,7 @@ def test_continue_not_copy(ctx: Context) -> None:
     expect_mapped(ctx, 0)
 
 
-@uffd_case("continue-minor-hole", mem=FILE, features=MINORS, pages=2, rows=("CT-17",), kind=Kind.DETAIL)
+@uffd_case("continue-minor-hole", mem=FILE_BACKED, features=MINOR_FAULTS, pages=2, rows=("CT-17",), kind=Kind.DETAIL)
 def test_continue_minor_hole(ctx: Context) -> None:
     """In a range registered for minor faults only, a hole becomes a zero page without a message."""
     ctx.uffd.register(ctx.dst.range, MINOR)
@@ -264,7 +274,7 @@ def test_continue_minor_hole(ctx: Context) -> None:
 # ---- what the mapping allows ---------------------------------------------------------------------------------------
 
 
-@uffd_case("continue-shared-write", mem=(SHMEM, HUGETLB), features=MINORS, pages=2, rows=("CT-03",))
+@uffd_case("continue-shared-write", mem=(SHMEM, HUGETLB), features=MINOR_FAULTS, pages=2, rows=("CT-03",))
 def test_continue_shared_write(ctx: Context) -> None:
     """A write to a shared mapping that UFFDIO_CONTINUE lets through reaches the file."""
     start = ctx.dst.start
@@ -279,7 +289,7 @@ def test_continue_shared_write(ctx: Context) -> None:
 @uffd_case(
     "continue-private-write",
     mem=(SHMEM_PRIVATE, HUGETLB_PRIVATE),
-    features=MINORS,
+    features=MINOR_FAULTS,
     pages=2,
     rows=("CT-13",),
     kind=Kind.DETAIL,
@@ -299,7 +309,7 @@ def test_continue_private_write(ctx: Context) -> None:
     ctx.uffd.expect_no_message()
 
 
-@uffd_case("continue-read-only", mem=FILE, features=MINORS, pages=2, rows=("CT-13",), kind=Kind.DETAIL)
+@uffd_case("continue-read-only", mem=FILE_BACKED, features=MINOR_FAULTS, pages=2, rows=("CT-13",), kind=Kind.DETAIL)
 def test_continue_read_only(ctx: Context) -> None:
     """UFFDIO_CONTINUE maps into a read-only mapping too, and that stays read-only."""
     with cached(ctx) as where:
@@ -312,7 +322,7 @@ def test_continue_read_only(ctx: Context) -> None:
         ctx.dst.pattern.verify(where.start, 0, 2, what="the file")
 
 
-@uffd_case("continue-wp", mem=FILE, features=MINOR_WP, pages=2, rows=("CT-10",))
+@uffd_case("continue-wp", mem=FILE_BACKED, features=MINOR_WP, pages=2, rows=("CT-10",))
 def test_continue_wp(ctx: Context) -> None:
     """With UFFDIO_CONTINUE_MODE_WP the page can be read, and the first write waits; without, nothing is protected."""
     start = ctx.dst.start
@@ -332,7 +342,7 @@ def test_continue_wp(ctx: Context) -> None:
     ctx.uffd.expect_no_message()
 
 
-@uffd_case("continue-wp-marker", mem=FILE, features=MINOR_WP, pages=2, rows=("CT-10",), kind=Kind.DETAIL)
+@uffd_case("continue-wp-marker", mem=FILE_BACKED, features=MINOR_WP, pages=2, rows=("CT-10",), kind=Kind.DETAIL)
 def test_continue_wp_marker(ctx: Context) -> None:
     """On a page protected before it was mapped the minor fault comes first, and UFFDIO_CONTINUE decides anew."""
     with cached(ctx, mode=MINOR | WP), promise("CT-10"):
@@ -346,7 +356,7 @@ def test_continue_wp_marker(ctx: Context) -> None:
     ctx.uffd.expect_no_message()
 
 
-@uffd_case("continue-wp-unregistered", mem=FILE, features=MINOR_WP, pages=2, rows=("CT-10",))
+@uffd_case("continue-wp-unregistered", mem=FILE_BACKED, features=MINOR_WP, pages=2, rows=("CT-10",))
 def test_continue_wp_unregistered(ctx: Context) -> None:
     """UFFDIO_CONTINUE_MODE_WP needs a range registered for write-protect faults."""
     with cached(ctx), promise("CT-10"), faulting(ctx.uffd, ctx.dst.start, flags=CACHED):
@@ -357,7 +367,14 @@ def test_continue_wp_unregistered(ctx: Context) -> None:
         ctx.uffd.continue_(ctx.dst.page(0))
 
 
-@uffd_case("continue-poison", mem=FILE, features=MINORS | Feature.POISON, pages=2, rows=("CT-20",), kind=Kind.DETAIL)
+@uffd_case(
+    "continue-poison",
+    mem=FILE_BACKED,
+    features=MINOR_FAULTS | Feature.POISON,
+    pages=2,
+    rows=("CT-20",),
+    kind=Kind.DETAIL,
+)
 def test_continue_poison(ctx: Context) -> None:
     """UFFDIO_CONTINUE puts the cached page in the place of a poison marker."""
     with cached(ctx):
@@ -373,7 +390,7 @@ def test_continue_poison(ctx: Context) -> None:
 @uffd_case(
     "continue-swapped",
     mem=(SHMEM, SHMEM_PRIVATE),
-    features=MINORS,
+    features=MINOR_FAULTS,
     needs=("swap",),
     pages=2,
     rows=("CT-19",),
@@ -398,7 +415,7 @@ def hardware_poisoned(area: Area, page: Range) -> Iterator[None]:
         undo = open_debugfs("hwpoison/unpoison-pfn", os.O_WRONLY)
     except OSError as error:
         name = errno_name(error.errno or 0)
-        raise Skip(f"debugfs hwpoison/unpoison-pfn: {name}: modprobe hwpoison-inject") from None
+        raise Skip(f"debugfs hwpoison/unpoison-pfn: {name}: CONFIG_HWPOISON_INJECT: modprobe hwpoison-inject") from None
     pfn = Pagemap.entry(page.start) & PM_PFN_MASK
     try:
         with handled(SIGBUS):  # sent to whoever has it mapped
@@ -412,8 +429,8 @@ def hardware_poisoned(area: Area, page: Range) -> Iterator[None]:
 
 @uffd_case(
     "continue-hardware-poison",
-    mem=FILE,
-    features=MINORS,
+    mem=FILE_BACKED,
+    features=MINOR_FAULTS,
     needs=("cap_sys_admin",),
     pages=2,
     rows=("CT-21",),
@@ -430,7 +447,7 @@ def test_continue_hardware_poison(ctx: Context) -> None:
 # ---- what it refuses -----------------------------------------------------------------------------------------------
 
 
-@uffd_case("continue-errors", mem=FILE, features=MINORS, pages=2, rows=("CT-07",))
+@uffd_case("continue-errors", mem=FILE_BACKED, features=MINOR_FAULTS, pages=2, rows=("CT-07",))
 def test_continue_errors(ctx: Context) -> None:
     """UFFDIO_CONTINUE refuses ranges that are not whole pages, unknown modes, and an argument it cannot read."""
     with cached(ctx):
@@ -445,7 +462,9 @@ def test_continue_errors(ctx: Context) -> None:
         Pagemap.expect_present(ctx.dst)
 
 
-@uffd_case("continue-output-read-only", mem=FILE, features=MINORS, pages=2, rows=("CT-07",), kind=Kind.DETAIL)
+@uffd_case(
+    "continue-output-read-only", mem=FILE_BACKED, features=MINOR_FAULTS, pages=2, rows=("CT-07",), kind=Kind.DETAIL
+)
 def test_continue_output_read_only(ctx: Context) -> None:
     """UFFDIO_CONTINUE that cannot write its result has mapped the page but woken nobody."""
     page = ctx.dst.page(0)
@@ -458,7 +477,7 @@ def test_continue_output_read_only(ctx: Context) -> None:
         ctx.uffd.wake(page)
 
 
-@uffd_case("continue-elsewhere", mem=FILE, features=MINORS, pages=4, rows=("CT-09",))
+@uffd_case("continue-elsewhere", mem=FILE_BACKED, features=MINOR_FAULTS, pages=4, rows=("CT-09",))
 def test_continue_elsewhere(ctx: Context) -> None:
     """UFFDIO_CONTINUE wants its whole range in one registered mapping, else it maps nothing."""
     with ctx.dst.file_view() as where:
@@ -480,7 +499,7 @@ def test_continue_elsewhere(ctx: Context) -> None:
         ctx.uffd.continue_(ctx.dst.page(0, 2))
 
 
-@uffd_case("continue-anon", mem=(ANON,), features=MINORS, pages=2, rows=("CT-09",))
+@uffd_case("continue-anon", mem=(ANON,), features=MINOR_FAULTS, pages=2, rows=("CT-09",))
 def test_continue_anon(ctx: Context) -> None:
     """UFFDIO_CONTINUE refuses anonymous memory, which has no page cache."""
     ctx.uffd.register(ctx.dst.range, MISSING)
@@ -491,7 +510,7 @@ def test_continue_anon(ctx: Context) -> None:
         ctx.uffd.zeropage(ctx.dst.page(0))
 
 
-@uffd_case("continue-hugetlb-part", mem=(HUGETLB, HUGETLB_PRIVATE), features=MINORS, pages=2, rows=("CT-14",))
+@uffd_case("continue-hugetlb-part", mem=(HUGETLB, HUGETLB_PRIVATE), features=MINOR_FAULTS, pages=2, rows=("CT-14",))
 def test_continue_hugetlb_part(ctx: Context) -> None:
     """UFFDIO_CONTINUE takes whole huge pages only."""
     start, size = ctx.dst.start, ctx.page_size
@@ -527,7 +546,12 @@ def continue_beyond_eof(ctx: Context) -> None:
 
 
 @uffd_case(
-    "continue-beyond-eof", mem=(SHMEM, SHMEM_PRIVATE), features=MINORS, pages=2, rows=("CT-08",), defect=D_BEYOND_EOF
+    "continue-beyond-eof",
+    mem=(SHMEM, SHMEM_PRIVATE),
+    features=MINOR_FAULTS,
+    pages=2,
+    rows=("CT-08",),
+    defect=D_BEYOND_EOF,
 )
 def test_continue_beyond_eof(ctx: Context) -> None:
     """UFFDIO_CONTINUE says EFAULT beyond the end of the file, where the page cache has no page."""
@@ -535,7 +559,9 @@ def test_continue_beyond_eof(ctx: Context) -> None:
         continue_beyond_eof(ctx)
 
 
-@uffd_case("continue-beyond-eof-refused", mem=FILE, features=MINORS, pages=2, rows=("CT-08",), kind=Kind.DETAIL)
+@uffd_case(
+    "continue-beyond-eof-refused", mem=FILE_BACKED, features=MINOR_FAULTS, pages=2, rows=("CT-08",), kind=Kind.DETAIL
+)
 def test_continue_beyond_eof_refused(ctx: Context) -> None:
     """UFFDIO_CONTINUE beyond the end of the file is refused in any case, with EFAULT or, of shmem, EINVAL."""
     with promise("CT-08"):
@@ -558,14 +584,16 @@ D_NOT_OFFERED = Defect(
 )
 
 
-@uffd_case("continue-not-offered", mem=FILE, features=MINORS, pages=2, rows=("CT-12",), defect=D_NOT_OFFERED)
+@uffd_case(
+    "continue-not-offered", mem=FILE_BACKED, features=MINOR_FAULTS, pages=2, rows=("CT-12",), defect=D_NOT_OFFERED
+)
 def test_continue_not_offered(ctx: Context) -> None:
     """UFFDIO_CONTINUE is refused where UFFDIO_REGISTER did not offer it."""
     with cached(ctx, mode=MISSING), promise("CT-12"), refuses(EINVAL):
         ctx.uffd.continue_(ctx.dst.page(0))
 
 
-@uffd_case("continue-missing-only", mem=FILE, features=MINORS, pages=2, rows=("CT-12",), kind=Kind.DETAIL)
+@uffd_case("continue-missing-only", mem=FILE_BACKED, features=MINOR_FAULTS, pages=2, rows=("CT-12",), kind=Kind.DETAIL)
 def test_continue_missing_only(ctx: Context) -> None:
     """Where it was not offered UFFDIO_CONTINUE is either refused or does all of its work."""
     with cached(ctx, mode=MISSING), promise("CT-12"):
@@ -578,21 +606,23 @@ def test_continue_missing_only(ctx: Context) -> None:
             expect_mapped(ctx, 0)
 
 
-@uffd_case("continue-unread-event", mem=FILE, features=MINORS | Feature.EVENT_REMOVE, pages=2, rows=("CT-22",))
+@uffd_case(
+    "continue-unread-event", mem=FILE_BACKED, features=MINOR_FAULTS | Feature.EVENT_REMOVE, pages=2, rows=("CT-22",)
+)
 def test_continue_unread_event(ctx: Context) -> None:
     """Until an event is read UFFDIO_CONTINUE says EAGAIN, before it looks at anything else, and maps nothing."""
     page = ctx.dst.page(0)
     with cached(ctx):
         with promise("CT-22"), unread_event(ctx.uffd, ctx.dst.page(1)):
             for where in (page, Range(0, 0)):
-                with refuses(EAGAIN):
+                with held_up():
                     ctx.uffd.continue_(where)
             Pagemap.expect_present(ctx.dst)
         ctx.uffd.continue_(page)
         expect_mapped(ctx, 0)
 
 
-@uffd_case("continue-orphaned", mem=FILE, features=MINORS, pages=2, rows=("CT-22",))
+@uffd_case("continue-orphaned", mem=FILE_BACKED, features=MINOR_FAULTS, pages=2, rows=("CT-22",))
 def test_continue_orphaned(ctx: Context) -> None:
     """UFFDIO_CONTINUE says ESRCH when the address space is gone."""
     with orphaned(ctx.dst.range, MINOR) as uffd, promise("CT-22"), refuses(ESRCH, output=UNTOUCHED):

@@ -33,6 +33,8 @@ from uffd_selftests.mem_types import (
     ANON,
     HUGETLB,
     HUGETLB_PRIVATE,
+    NOT_HUGETLB,
+    SHARED,
     SHMEM,
     SHMEM_PRIVATE,
     default_hugepage_size,
@@ -65,8 +67,6 @@ from uffd_selftests.processes import faulting, undisturbed
 from uffd_selftests.syscalls import free_bytes, limited_file, stored_bytes
 from uffd_selftests.uapi import PM_FILE, PM_MMAP_EXCLUSIVE, PM_PRESENT, PM_SOFT_DIRTY, Feature
 
-SHARED = (SHMEM, HUGETLB)
-SMALL = (ANON, SHMEM, SHMEM_PRIVATE)
 HUGEPAGE = default_hugepage_size()
 
 
@@ -161,7 +161,7 @@ def resident(field: str) -> int:
     return next(int(words[1]) * 1024 // PAGE_SIZE for words in lines if words and words[0] == f"{field}:")
 
 
-@uffd_case("copy-counted", mem=SMALL, pages=2048, rows=("CP-01",), kind=Kind.DETAIL)
+@uffd_case("copy-counted", mem=NOT_HUGETLB, pages=2048, rows=("CP-01",), kind=Kind.DETAIL)
 def test_copy_counted(ctx: Context) -> None:
     """Copied pages count as memory of the process, of the file's kind in shared memory and anonymous elsewhere."""
     field = "RssShmem" if ctx.mem.shared else "RssAnon"
@@ -174,7 +174,7 @@ def test_copy_counted(ctx: Context) -> None:
     expect(grown > ctx.nr_pages - blur, True, f"{field} grown by {grown} pages, {ctx.nr_pages} copied, as")
 
 
-@uffd_case("copy-soft-dirty", mem=SMALL, pages=2, rows=("CP-01",), kind=Kind.DETAIL)
+@uffd_case("copy-soft-dirty", mem=NOT_HUGETLB, pages=2, rows=("CP-01",), kind=Kind.DETAIL)
 def test_copy_soft_dirty(ctx: Context) -> None:
     """A copied page counts as written since soft-dirty tracking began."""
     ctx.src.fill()
@@ -392,7 +392,7 @@ def test_copy_swapped_source(ctx: Context) -> None:
         expect_same(source.start, ctx.dst.start, ctx.page_size, "the page copied")
 
 
-@uffd_case("copy-onto-swapped", mem=SMALL, needs=("swap",), pages=2, rows=("CP-40",), kind=Kind.DETAIL)
+@uffd_case("copy-onto-swapped", mem=NOT_HUGETLB, needs=("swap",), pages=2, rows=("CP-40",), kind=Kind.DETAIL)
 def test_copy_onto_swapped(ctx: Context) -> None:
     """A page that has been swapped out is not missing: every fill says EEXIST, and it comes back as it was."""
     ctx.src.fill()
@@ -410,7 +410,7 @@ def test_copy_onto_swapped(ctx: Context) -> None:
     undisturbed(ctx.uffd, lambda: ctx.dst.expect_pattern_of(ctx.src))
 
 
-@uffd_case("copy-then-swapped", mem=SMALL, needs=("swap",), pages=2, rows=("CP-20", "CP-19"), kind=Kind.DETAIL)
+@uffd_case("copy-then-swapped", mem=NOT_HUGETLB, needs=("swap",), pages=2, rows=("CP-20", "CP-19"), kind=Kind.DETAIL)
 def test_copy_then_swapped(ctx: Context) -> None:
     """A page copied into a mapping that cannot be written counts as changed: it survives being swapped out."""
     ctx.src.fill()
@@ -478,7 +478,7 @@ def expect_guarded(where: Range) -> None:
     expect(trap and trap.signo, SIGSEGV, "the signal of an access to the guard page")
 
 
-@uffd_case("copy-onto-guard", mem=SMALL, pages=2, rows=("CP-48",), defect=GUARD_OVERWRITTEN)
+@uffd_case("copy-onto-guard", mem=NOT_HUGETLB, pages=2, rows=("CP-48",), defect=GUARD_OVERWRITTEN)
 def test_copy_onto_guard(ctx: Context) -> None:
     """A guard page holds against UFFDIO_COPY: EEXIST."""
     page = ctx.dst.page(0)
@@ -489,7 +489,7 @@ def test_copy_onto_guard(ctx: Context) -> None:
     expect_guarded(page)
 
 
-@uffd_case("copy-onto-guard-either-way", mem=SMALL, pages=2, rows=("CP-48",), kind=Kind.DETAIL)
+@uffd_case("copy-onto-guard-either-way", mem=NOT_HUGETLB, pages=2, rows=("CP-48",), kind=Kind.DETAIL)
 def test_copy_onto_guard_either_way(ctx: Context) -> None:
     """A copy onto a guard page either says EEXIST, and the guard holds, or succeeds, and the data are there."""
     page = ctx.dst.page(0)

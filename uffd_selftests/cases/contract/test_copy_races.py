@@ -29,6 +29,7 @@ from uffd_selftests.common import (
     UffdError,
     eventually,
     expect,
+    held_up,
     promise,
     refuses,
 )
@@ -38,8 +39,8 @@ from uffd_selftests.mem_types import (
     ANON,
     HUGETLB,
     HUGETLB_PRIVATE,
+    NOT_HUGETLB,
     SHMEM,
-    SHMEM_PRIVATE,
     MemType,
     default_hugepage_size,
 )
@@ -68,7 +69,6 @@ from uffd_selftests.processes import Channel, Child, Waiter, faulting_pages
 from uffd_selftests.syscalls import free_bytes, limited_file, stored_bytes
 from uffd_selftests.uapi import PM_PRESENT, CopyMode, Feature
 
-SMALL = (ANON, SHMEM, SHMEM_PRIVATE)
 HUGEPAGE = default_hugepage_size()
 KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK
 """Flags of a handle that reports faults of the kernel too: UFFDIO_COPY reads its source in the kernel."""
@@ -246,7 +246,7 @@ def test_copy_overtaken_midway(ctx: Context) -> None:
 
 @uffd_case(
     "copy-overtaken-mode",
-    mem=SMALL,
+    mem=NOT_HUGETLB,
     features=Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM,
     needs=("kernel_faults",),
     pages=1,
@@ -276,7 +276,7 @@ def test_copy_overtaken_by_event(ctx: Context) -> None:
     dropped = ctx.dst.page(1)
     ctx.uffd.register(ctx.dst.range, MISSING)
     with ExitStack() as stack:
-        with page_held(ctx, 0, refuses(EAGAIN)):
+        with page_held(ctx, 0, held_up()):
             stack.enter_context(Waiter(lambda: advise(dropped, Advice.DONTNEED)))
             expect(ctx.uffd.readable(DEADLINE), True, "a readable event")
         expect(ctx.uffd.read(), [Removed(dropped.start, dropped.end)], "the event")
@@ -402,7 +402,7 @@ def test_copy_overtaken_by_empty_pool(ctx: Context) -> None:
 # ---- readers and other copies at the same time ---------------------------------------------------------------------
 
 
-@uffd_case("copy-never-torn", mem=SMALL, pages=512, rows=("CP-50",), smp=True)
+@uffd_case("copy-never-torn", mem=NOT_HUGETLB, pages=512, rows=("CP-50",), smp=True)
 def test_copy_never_torn(ctx: Context) -> None:
     """A thread that reads along with the copies, page by page, never sees a page that is not filled to the end."""
     ctx.src.fill()

@@ -26,12 +26,14 @@ from uffd_selftests.events import (
     take_event,
     unmapped,
 )
-from uffd_selftests.mem_types import ALL, ANON, HUGETLB, HUGETLB_PRIVATE, SHMEM, SHMEM_PRIVATE
+from uffd_selftests.mem_types import (
+    ALL,
+    ANON,
+    NOT_HUGETLB,
+    SHMEM,
+)
 from uffd_selftests.memory import MREMAP_DONTUNMAP, MREMAP_FIXED, PAGE_SIZE, Range, peek, remap, unmap
 from uffd_selftests.processes import Waiter, undisturbed
-
-SMALL = (ANON, SHMEM, SHMEM_PRIVATE)
-HUGE = (HUGETLB, HUGETLB_PRIVATE)
 
 
 @uffd_case("remap-event", mem=ALL, features=REMAP, pages=3, rows=("EV-02", "EV-18", "EV-28"))
@@ -61,7 +63,7 @@ def test_remap_event_order(ctx: Context) -> None:
     expect_modes(place.range, MISSING)
 
 
-@uffd_case("remap-event-anywhere", mem=SMALL, features=REMAP | UNMAP, pages=2, rows=("EV-19", "EV-21"))
+@uffd_case("remap-event-anywhere", mem=NOT_HUGETLB, features=REMAP | UNMAP, pages=2, rows=("EV-19", "EV-21"))
 def test_remap_event_anywhere(ctx: Context) -> None:
     """A mapping that the kernel moves because it cannot grow is announced at the place that the kernel chose."""
     old = ctx.dst.range
@@ -77,7 +79,7 @@ def test_remap_event_anywhere(ctx: Context) -> None:
     announced(ctx.uffd, lambda: unmap(Range(to, 2 * old.len)), unmapped(Range(to, 2 * old.len)))
 
 
-@uffd_case("remap-event-grown", mem=SMALL, features=REMAP, pages=3, rows=("EV-21",), kind=Kind.DETAIL)
+@uffd_case("remap-event-grown", mem=NOT_HUGETLB, features=REMAP, pages=3, rows=("EV-21",), kind=Kind.DETAIL)
 def test_remap_event_grown(ctx: Context) -> None:
     """A mapping that grows as it moves is announced with its old length; the added tail is registered too."""
     old, place = ctx.dst.page(0, 2), ctx.allocate()
@@ -128,7 +130,7 @@ def test_remap_event_shrunk_or_old(ctx: Context) -> None:
     expect(length in (old, new), True, f"EV-20: remap.len {length} is the old or the new length")
 
 
-@uffd_case("remap-grow-in-place", mem=SMALL, features=REMAP | UNMAP, pages=3, rows=("EV-22",), kind=Kind.DETAIL)
+@uffd_case("remap-grow-in-place", mem=NOT_HUGETLB, features=REMAP | UNMAP, pages=3, rows=("EV-22",), kind=Kind.DETAIL)
 def test_remap_grow_in_place(ctx: Context) -> None:
     """A mapping that grows where it is announces nothing; the added tail is registered."""
     old = ctx.dst.page(0, 2)
@@ -139,7 +141,7 @@ def test_remap_grow_in_place(ctx: Context) -> None:
     expect_served(ctx, ctx.dst.page(2))
 
 
-@uffd_case("remap-dontunmap", mem=SMALL, features=REMAP | UNMAP, pages=2, rows=("EV-23",), kind=Kind.DETAIL)
+@uffd_case("remap-dontunmap", mem=NOT_HUGETLB, features=REMAP | UNMAP, pages=2, rows=("EV-23",), kind=Kind.DETAIL)
 def test_remap_dontunmap(ctx: Context) -> None:
     """MREMAP_DONTUNMAP announces the move alone; the pages are in the new place, and both places are registered."""
     old, place = ctx.dst.range, ctx.allocate()
@@ -165,7 +167,7 @@ def test_remap_off(ctx: Context) -> None:
     expect(undisturbed(ctx.uffd, lambda: peek(place.page(1).start)), b"\0", "a missing page of the moved mapping")
 
 
-@uffd_case("remap-off-dontunmap", mem=SMALL, pages=2, rows=("EV-24",), kind=Kind.DETAIL)
+@uffd_case("remap-off-dontunmap", mem=NOT_HUGETLB, pages=2, rows=("EV-24",), kind=Kind.DETAIL)
 def test_remap_off_dontunmap(ctx: Context) -> None:
     """Without UFFD_FEATURE_EVENT_REMAP, MREMAP_DONTUNMAP leaves the old place registered, and only that."""
     old, place = ctx.dst.range, ctx.allocate()

@@ -35,12 +35,11 @@ from uffd_selftests.events import (
     removed,
     take_event,
 )
-from uffd_selftests.mem_types import ALL, ANON, HUGETLB, HUGETLB_PRIVATE, SHMEM, SHMEM_PRIVATE
+from uffd_selftests.mem_types import ALL, ANON, HUGETLB, HUGETLB_PRIVATE, NOT_HUGETLB, SHMEM, SHMEM_PRIVATE
 from uffd_selftests.memory import PAGE_SIZE, Advice, KernelError, Range, advise, expect_bytes, unmap
 from uffd_selftests.processes import Waiter, undisturbed
 from uffd_selftests.uapi import Feature
 
-SMALL = (ANON, SHMEM, SHMEM_PRIVATE)
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 
 
@@ -180,7 +179,7 @@ def test_remove_silent(ctx: Context) -> None:
     ctx.dst.expect_pattern_of(ctx.dst)
 
 
-@uffd_case("remove-silent-locked", mem=SMALL, features=REMOVE, pages=2, rows=("EV-09",), kind=Kind.DETAIL)
+@uffd_case("remove-silent-locked", mem=NOT_HUGETLB, features=REMOVE, pages=2, rows=("EV-09",), kind=Kind.DETAIL)
 def test_remove_silent_locked(ctx: Context) -> None:
     """Locked pages cannot be dropped, and nothing is announced."""
     ctx.dst.fill()
@@ -291,7 +290,7 @@ def drop(where: Range) -> Callable[[], None]:
     return lambda: advise(where, Advice.DONTNEED)
 
 
-@uffd_case("remove-raced-lock", mem=SMALL, features=REMOVE, pages=2, rows=("EV-05",), kind=Kind.DETAIL)
+@uffd_case("remove-raced-lock", mem=NOT_HUGETLB, features=REMOVE, pages=2, rows=("EV-05",), kind=Kind.DETAIL)
 def test_remove_raced_lock(ctx: Context) -> None:
     """MADV_DONTNEED leaves pages alone that were locked by the time its event has been read, and says EINVAL."""
     page = ctx.dst.page(0)

@@ -20,8 +20,10 @@ from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
     DEFAULT_FLAGS,
     MINOR,
+    MINOR_FAULTS,
     MISSING,
     WP,
+    WRITEPROTECT,
     Context,
     Fault,
     Skip,
@@ -53,8 +55,6 @@ from uffd_selftests.processes import Channel, Child, Waiter, faulting, handled, 
 from uffd_selftests.uapi import Feature, PagefaultFlag
 
 WRITE = PagefaultFlag.WRITE
-WP_HUGETLBFS_SHMEM = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
-MINOR_FAULTS = Feature.MINOR_SHMEM | Feature.MINOR_HUGETLBFS
 KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK
 
 BUS_ADRERR = 2
@@ -87,7 +87,7 @@ def test_faults_flags(ctx: Context) -> None:
     ctx.uffd.expect_no_message()
 
 
-@uffd_case("faults-flags-wp", mem=ALL, features=WP_HUGETLBFS_SHMEM, pages=2, rows=("FL-01",))
+@uffd_case("faults-flags-wp", mem=ALL, features=WRITEPROTECT, pages=2, rows=("FL-01",))
 def test_faults_flags_wp(ctx: Context) -> None:
     """A write to a protected page is told with the flags for write and protection, a read is not told."""
     ctx.dst.fill()
@@ -117,7 +117,7 @@ def test_faults_flags_minor(ctx: Context) -> None:
 @uffd_case(
     "faults-missing-protected",
     mem=ALL,
-    features=WP_HUGETLBFS_SHMEM | Feature.WP_UNPOPULATED,
+    features=WRITEPROTECT | Feature.WP_UNPOPULATED,
     pages=2,
     rows=("FL-01",),
 )
@@ -131,7 +131,7 @@ def test_faults_missing_protected(ctx: Context) -> None:
             ctx.uffd.copy(ctx.dst.page(number).start, ctx.src.start, ctx.page_size)
 
 
-@uffd_case("faults-wp-thp", mem=(ANON,), features=WP_HUGETLBFS_SHMEM, needs=("thp",), pages=1, rows=("FL-01",))
+@uffd_case("faults-wp-thp", mem=(ANON,), features=WRITEPROTECT, needs=("thp",), pages=1, rows=("FL-01",))
 def test_faults_wp_thp(ctx: Context) -> None:
     """A write to a protected transparent huge page is told with the base page's address, and its thread sleeps."""
     area = huge_area(ctx)
@@ -165,7 +165,7 @@ def test_faults_exact_address(ctx: Context) -> None:
 
 
 @uffd_case(
-    "faults-exact-address-wp", mem=ALL, features=WP_HUGETLBFS_SHMEM | Feature.EXACT_ADDRESS, pages=2, rows=("FL-03",)
+    "faults-exact-address-wp", mem=ALL, features=WRITEPROTECT | Feature.EXACT_ADDRESS, pages=2, rows=("FL-03",)
 )
 def test_faults_exact_address_wp(ctx: Context) -> None:
     """With UFFD_FEATURE_EXACT_ADDRESS the address told of a protected page is the byte that was written."""
@@ -349,7 +349,7 @@ def test_faults_sigbus(ctx: Context) -> None:
     ctx.uffd.expect_still_asleep(0)
 
 
-@uffd_case("faults-sigbus-wp", mem=ALL, features=WP_HUGETLBFS_SHMEM | Feature.SIGBUS, pages=2, rows=("FL-06",))
+@uffd_case("faults-sigbus-wp", mem=ALL, features=WRITEPROTECT | Feature.SIGBUS, pages=2, rows=("FL-06",))
 def test_faults_sigbus_wp(ctx: Context) -> None:
     """With UFFD_FEATURE_SIGBUS a write to a protected page raises SIGBUS, until it is un-protected."""
     address = odd_address(ctx, 1)
@@ -452,7 +452,7 @@ def test_faults_umo_syscalls(ctx: Context) -> None:
 
 
 @uffd_case(
-    "faults-umo-syscalls-wp", mem=ALL, features=WP_HUGETLBFS_SHMEM, pages=2, rows=("FL-09",), kind=Kind.DETAIL
+    "faults-umo-syscalls-wp", mem=ALL, features=WRITEPROTECT, pages=2, rows=("FL-09",), kind=Kind.DETAIL
 )
 def test_faults_umo_syscalls_wp(ctx: Context) -> None:
     """With UFFD_USER_MODE_ONLY a system call that writes to a protected page fails, one that reads it does not."""

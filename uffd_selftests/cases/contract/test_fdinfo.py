@@ -19,6 +19,7 @@ from uffd_selftests.common import (
     MINOR,
     MISSING,
     WP,
+    WRITEPROTECT,
     Context,
     Message,
     Uffd,
@@ -50,7 +51,6 @@ INITIALIZED = 1 << 31
 RWP_IOCTLS = RangeIoctls.RWPROTECT | ApiIoctls.SET_MODE
 """Linux 7.3 shows them on machines too that cannot read-write protect."""
 
-WRITEPROTECT = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
 
 FORMAT = re.compile(r"pending:\t(\d+)\ntotal:\t(\d+)\nAPI:\t([0-9a-f]+):([0-9a-f]+):([0-9a-f]+)\n")
 

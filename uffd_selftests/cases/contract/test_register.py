@@ -16,10 +16,12 @@ from uffd_selftests import syscalls, uapi
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
     MINOR,
+    MINOR_FAULTS,
     MISSING,
     RWP,
     UNREGISTERED,
     WP,
+    WRITEPROTECT,
     Context,
     Pagemap,
     Skip,
@@ -36,7 +38,16 @@ from uffd_selftests.common import (
     refuses,
 )
 from uffd_selftests.files import plain_file
-from uffd_selftests.mem_types import ALL, ANON, HUGETLB, HUGETLB_PRIVATE, SHMEM, SHMEM_PRIVATE
+from uffd_selftests.hugetlb import shared_page_table
+from uffd_selftests.mem_types import (
+    ALL,
+    ANON,
+    EACH_HUGETLB,
+    HUGETLB,
+    NOT_HUGETLB,
+    SHMEM,
+    SHMEM_PRIVATE,
+)
 from uffd_selftests.memory import (
     MAP_ANONYMOUS,
     MAP_FIXED,
@@ -62,12 +73,8 @@ from uffd_selftests.memory import (
     user_space_end,
 )
 from uffd_selftests.processes import Channel, Child, Waiter, faulting, orphaned, undisturbed, unread_event
+from uffd_selftests.sysv import SHM_HUGETLB, sysv_segment
 from uffd_selftests.uapi import Feature, PagefaultFlag, RangeIoctls, RegisterMode
-
-NOT_HUGETLB = (ANON, SHMEM, SHMEM_PRIVATE)
-EACH_HUGETLB = (HUGETLB, HUGETLB_PRIVATE)
-WRITEPROTECT = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
-MINOR_FAULTS = Feature.MINOR_HUGETLBFS | Feature.MINOR_SHMEM
 
 MAP_DROPPABLE = 0x08  # include/uapi/linux/mman.h, Linux 6.11
 MAP_HUGETLB = 0x40000
@@ -521,24 +528,6 @@ def test_register_droppable() -> None:
 
 # ---- System V shared memory ----------------------------------------------------------------------------------------
 
-IPC_CREAT, IPC_RMID, SHM_HUGETLB = 0o1000, 0, 0o4000
-
-
-@contextmanager
-def sysv_segment(length: int, flags: int = 0) -> Iterator[Range]:
-    """Attach a new System V shared memory segment; Skip where there can be none."""
-    try:
-        key = syscalls.call("shmget", 0, length, IPC_CREAT | 0o600 | flags)
-    except KernelError as error:
-        raise Skip(f"{error}: needs CONFIG_SYSVIPC, room in kernel.shmall, and for huge pages CAP_IPC_LOCK") from None
-    try:
-        start = syscalls.call("shmat", key, 0, 0)
-    finally:
-        syscalls.call("shmctl", key, IPC_RMID, 0)
-    yield Range(start, length)
-    syscalls.call("shmdt", start)
-
-
 SYSV = Defect(
     id="D-REG-12",
     summary="System V shared memory cannot be registered, though the documents list it",
@@ -778,30 +767,10 @@ def test_register_hugetlb_hole(ctx: Context) -> None:
     expect_modes(ctx.dst.range, UNREGISTERED)
 
 
-@contextmanager
-def shared_page_table(ctx: Context) -> Iterator[tuple[Range, Range]]:
-    """Map a file of huge pages twice so that both mappings use one page table, where the architecture does that.
-
-    Two huge pages of the file get used.
-    """
-    length = ctx.page_size * (PAGE_SIZE // 8)  # what one page table full of huge pages maps
-    fd = os.memfd_create("uffd-pmd", os.MFD_CLOEXEC | os.MFD_HUGETLB)
-    os.ftruncate(fd, length)
-    place = new_mapping(4 * length, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, prot=PROT_NONE)
-    first = -(-place.start // length) * length
-    flags = MAP_SHARED | MAP_NORESERVE | MAP_FIXED
-    one, other = (new_mapping(length, flags, fd=fd, at=at) for at in (first, first + length))
-    poke(one.start, b"\1")
-    expect(peek(other.start), b"\1", "a byte written through the first mapping")
-    yield one, other
-    unmap(place)
-    os.close(fd)
-
-
 @uffd_case("register-wp-unshares", mem=(HUGETLB,), features=WRITEPROTECT, pages=1, rows=("REG-21",), kind=Kind.DETAIL)
 def test_register_wp_unshares(ctx: Context) -> None:
     """Protection of huge pages does not reach another mapping that has shared the page table until then."""
-    with shared_page_table(ctx) as (one, other):
+    with shared_page_table(ctx.page_size) as (one, other):
         ctx.uffd.register(one, WP)
         ctx.uffd.writeprotect(Range(one.start, ctx.page_size))
         Pagemap.expect_uffd_wp(other.start, False, "in the mapping that is not registered")
@@ -814,7 +783,7 @@ def test_register_wp_unshares(ctx: Context) -> None:
 )
 def test_register_minor_unshares(ctx: Context) -> None:
     """A minor fault comes although another mapping, which has shared the page table until then, maps the page."""
-    with shared_page_table(ctx) as (one, other):
+    with shared_page_table(ctx.page_size) as (one, other):
         ctx.uffd.register(one, MINOR)
         poke(other.start + ctx.page_size, b"\2")
         page = Range(one.start + ctx.page_size, ctx.page_size)

@@ -16,6 +16,7 @@ from uffd_selftests.common import (
     MISSING,
     UNREGISTERED,
     WP,
+    WRITEPROTECT,
     Context,
     Pagemap,
     Uffd,
@@ -32,7 +33,15 @@ from uffd_selftests.common import (
     swap_out,
 )
 from uffd_selftests.files import plain_file
-from uffd_selftests.mem_types import ALL, ANON, HUGETLB, HUGETLB_PRIVATE, SHMEM, SHMEM_PRIVATE
+from uffd_selftests.mem_types import (
+    ALL,
+    ANON,
+    EACH_HUGETLB,
+    HUGETLB,
+    NOT_HUGETLB,
+    SHMEM,
+    SHMEM_PRIVATE,
+)
 from uffd_selftests.memory import (
     MAP_FIXED,
     MAP_SHARED,
@@ -53,10 +62,6 @@ from uffd_selftests.memory import (
 )
 from uffd_selftests.processes import Waiter, faulting, faulting_pages, orphaned, undisturbed, unread_event
 from uffd_selftests.uapi import CopyMode, Feature, PagefaultFlag
-
-NOT_HUGETLB = (ANON, SHMEM, SHMEM_PRIVATE)
-EACH_HUGETLB = (HUGETLB, HUGETLB_PRIVATE)
-WRITEPROTECT = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
 
 
 def slept_on(uffd: Uffd) -> int:

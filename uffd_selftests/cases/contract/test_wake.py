@@ -12,6 +12,7 @@ from uffd_selftests.common import (
     MINOR,
     MISSING,
     WP,
+    WRITEPROTECT,
     Context,
     Skip,
     Uffd,
@@ -21,13 +22,10 @@ from uffd_selftests.common import (
     promise,
     refuses,
 )
-from uffd_selftests.mem_types import ALL, ANON, HUGETLB, HUGETLB_PRIVATE, SHMEM, SHMEM_PRIVATE
+from uffd_selftests.mem_types import ALL, ANON, HUGETLB, HUGETLB_PRIVATE, NOT_HUGETLB, SHMEM
 from uffd_selftests.memory import PAGE_SIZE, Range, peek, poke, unmap, user_space_end
 from uffd_selftests.processes import Waiter, faulting, faulting_pages, orphaned, unread_event
 from uffd_selftests.uapi import CopyMode, Feature, PagefaultFlag
-
-NOT_HUGETLB = (ANON, SHMEM, SHMEM_PRIVATE)
-WRITEPROTECT = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
 
 
 @uffd_case("wake-errors", mem=(ANON,), pages=2, rows=("WK-01",))

@@ -15,6 +15,7 @@ from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
     MISSING,
     WP,
+    WRITEPROTECT,
     Action,
     Context,
     Fault,
@@ -35,7 +36,19 @@ from uffd_selftests.common import (
     small_area,
     swap_out,
 )
-from uffd_selftests.mem_types import ALL, ANON, HUGETLB, HUGETLB_PRIVATE, SHMEM, SHMEM_PRIVATE, Area, pmd_size
+from uffd_selftests.mem_types import (
+    ALL,
+    ANON,
+    FILE_BACKED,
+    HUGETLB,
+    HUGETLB_PRIVATE,
+    PRIVATE,
+    SHARED,
+    SHMEM,
+    SHMEM_PRIVATE,
+    Area,
+    pmd_size,
+)
 from uffd_selftests.memory import (
     MAP_SHARED,
     PAGE_SIZE,
@@ -49,6 +62,7 @@ from uffd_selftests.memory import (
     advise,
     map_memory,
     peek,
+    pmd_mapped,
     poke,
     protect,
     remap,
@@ -60,11 +74,6 @@ from uffd_selftests.memory import (
 from uffd_selftests.processes import Channel, Child, Waiter, faulting, undisturbed, unread_event
 from uffd_selftests.uapi import CopyMode, Feature, PagefaultFlag, WriteprotectMode
 
-FILE_BACKED = (SHMEM, SHMEM_PRIVATE, HUGETLB, HUGETLB_PRIVATE)
-SHARED = (SHMEM, HUGETLB)
-PRIVATE = (ANON, SHMEM_PRIVATE, HUGETLB_PRIVATE)
-
-WRITEPROTECT = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
 SEVERAL_MAPPINGS = WRITEPROTECT | Feature.WP_UNPOPULATED
 """Since the release that brought this feature the range of one call may span several mappings (mwriteprotect_range)."""
 TRAPPED = PagefaultFlag.WRITE | PagefaultFlag.WP
@@ -1011,6 +1020,27 @@ def test_writeprotect_thp_whole(ctx: Context) -> None:
     expect_free(ctx.uffd, area, 0, 8, area.nr_pages - 1)
     area.expect_pattern_of(area, 0, 7)
     area.expect_pattern_of(area, 8)
+
+
+@uffd_case(
+    "writeprotect-thp-mprotect",
+    mem=(ANON,),
+    features=WRITEPROTECT,
+    needs=("thp",),
+    pages=1,
+    rows=("WP-20", "WP-25"),
+    kind=Kind.DETAIL,
+)
+def test_writeprotect_thp_mprotect(ctx: Context) -> None:
+    """A huge page that mprotect(2) makes read-only and writable again is protected as it was."""
+    area = huge_area(ctx)
+    ctx.uffd.register(area.range, WP)
+    ctx.uffd.writeprotect(area.range)
+    protect(area.range, PROT_READ)
+    protect(area.range, PROT_READ | PROT_WRITE)
+    expect(pmd_mapped(area.range), area.range.len, "bytes mapped by a huge page")
+    Pagemap.expect_protected(area, range(area.nr_pages), "after mprotect back")
+    expect_trapped(ctx.uffd, area, 7, 0)
 
 
 @uffd_case(

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""mremap_test and hugetlb-mremap: what mremap(2) does with several mappings, and with a shared page table."""
+
+from __future__ import annotations
+
+from errno import EFAULT
+
+from uffd_selftests.case import Kind, uffd_case
+from uffd_selftests.common import MISSING, UNREGISTERED, Context, expect, expect_modes, fails, promise
+from uffd_selftests.hugetlb import shared_page_table
+from uffd_selftests.mem_types import HUGETLB, NOT_HUGETLB, Area
+from uffd_selftests.memory import Range, peek, poke, remap, touch_trapped, unmap
+from uffd_selftests.processes import undisturbed
+
+MAPPINGS = (0, 2, 4, 6, 8)
+"""The pages that are mapped, each by itself."""
+
+
+def mapped_pages(area: Area) -> list[int]:
+    """Return which of the pages can be read."""
+    return [page for page in MAPPINGS if touch_trapped(area.page(page), area.page_size) == [None]]
+
+
+@uffd_case(
+    "mremap-invalid-vmas",
+    mem=NOT_HUGETLB,
+    variants=("last", "all but the first"),
+    pages=9,
+    rows=("EV-27",),
+    kind=Kind.VERSION,
+)
+def test_mremap_invalid_vmas(ctx: Context, variant: str) -> None:
+    """An mremap of several mappings says EFAULT if one is registered, and has moved those before it, or none."""
+    area, place = ctx.dst, ctx.allocate()
+    area.fill()
+    registered = MAPPINGS[-1:] if variant == "last" else MAPPINGS[1:]
+    for page in MAPPINGS:
+        if page in registered:
+            ctx.uffd.register(area.page(page), MISSING)
+    for page in range(1, 9, 2):
+        unmap(area.page(page))
+    unmap(place.range)
+    with promise("EV-27"), fails(EFAULT):
+        undisturbed(ctx.uffd, lambda: remap(area.range, to=place.start))
+    before = [page for page in MAPPINGS if page not in registered]
+    moved = mapped_pages(place)
+    expect(moved in ([], before), True, f"moved {moved}: the mappings before the first registered one, or none")
+    expect(mapped_pages(area), [page for page in MAPPINGS if page not in moved], "mappings at the old place")
+    for page in MAPPINGS:
+        (place if page in moved else area).expect_pattern_of(area, page, 1)
+        if page in registered:
+            expect_modes(area.page(page), MISSING)
+
+
+@uffd_case("hugetlb-mremap", mem=(HUGETLB,), pages=1, rows=("EV-24",), kind=Kind.DETAIL)
+def test_hugetlb_mremap(ctx: Context) -> None:
+    """Watched huge pages keep their contents when they move away from a page table that another mapping shares."""
+    with shared_page_table(ctx.page_size) as (old, other):
+        ctx.uffd.register(old, MISSING)
+        new = Range(other.end, old.len)
+        undisturbed(ctx.uffd, lambda: remap(old, to=new.start))
+        expect_modes(new, UNREGISTERED)
+        expect(peek(new.start), b"\1", "a byte of the moved mapping")
+        poke(new.start + ctx.page_size, b"\2")
+        expect(peek(other.start + ctx.page_size), b"\2", "a byte written to it, in the other mapping")
+        expect([trap is None for trap in touch_trapped(Range(old.start, 1), 1)], [False], "the old place is readable")
+    ctx.uffd.expect_no_message()
