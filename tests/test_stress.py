@@ -16,7 +16,7 @@ from uffd_selftests.common import DEADLINE, WP, Context
 from uffd_selftests.harness.settings import duration
 from uffd_selftests.kernel import no_userfaultfd, probe
 from uffd_selftests.mem_types import ANON, SHMEM, SHMEM_PRIVATE, MemType
-from uffd_selftests.memory import peek, poke
+from uffd_selftests.memory import PROT_NONE, peek, poke, protect
 from uffd_selftests.stress import (
     Mode,
     Options,
@@ -108,6 +108,18 @@ def test_changed_byte_is_found() -> None:
         poke(place, bytes([peek(place)[0] ^ 1]))
         with pytest.raises(StressError, match="page 63 byte 0x808: expected 0x[0-9a-f]+, got 0x[0-9a-f]+"):
             stress.bounce(Mode.of(7))
+
+
+@needs_userfaultfd
+@pytest.mark.isolated
+def test_refused_request_is_told() -> None:
+    """A request that fails is told with its page, errno and output field."""
+    with Context(ANON, nr_pages=4) as ctx:
+        stress = Stress(ctx)
+        protect(ctx.src.range, PROT_NONE)
+        message = r"\w+ \d: UFFDIO_COPY of page \d: expected success, got EFAULT with output -EFAULT\n"
+        with pytest.raises(StressError, match=message):
+            stress.bounce(Mode.of(0))
 
 
 @needs_userfaultfd

@@ -237,7 +237,7 @@ static bool fill(struct thread *t, uint64_t page, struct copy copy)
 	if (err == EEXIST && copy.copy == -EEXIST)
 		note(&t->stats->eexist);
 	else
-		fail_ioctl(t, page, UFFDIO_COPY, err, copy.copy, err ? -err : (int64_t)c->page_size);
+		fail_ioctl(t, page, UFFDIO_COPY, err, copy.copy, c->page_size);
 	return false;
 }
 

@@ -44,7 +44,7 @@ struct stress_thread {
 enum stress_failure_kind {
 	STRESS_OK,
 	STRESS_WORD,		/* word `place` of the page: expected, observed */
-	STRESS_IOCTL,		/* request: err (0: none), output; expected is the output that there should be */
+	STRESS_IOCTL,		/* request (0: madvise): err (0: none), output; expected: the output there should be */
 	STRESS_UNSEEN,		/* a write went through: there should be `expected` un-protections, there are `observed` */
 	STRESS_FLAGS,		/* a page fault with the flags `observed` */
 	STRESS_EVENT,		/* a message of the kind `observed` */
