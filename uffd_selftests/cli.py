@@ -47,7 +47,10 @@ def parser() -> Parser:
     # Without abbreviations: an option that comes later must not change what a script means.
     result = Parser(prog=PROGRAM, allow_abbrev=False)
     result.description = "Test the running kernel's userfaultfd."
-    result.epilog = "Arguments after -- go to pytest; a path among them replaces the suite's cases."
+    result.epilog = (
+        "Arguments after -- go to pytest; a path among them replaces the suite's cases. "
+        f"'{PROGRAM} report' makes a page of the results of runs: '{PROGRAM} report --help'."
+    )
     add = result.add_argument
     add("-l", "--list", action="store_true", help="list the results that a run would produce")
     add("-f", "--filter", action="append", default=[], metavar="SUBSTR",
@@ -75,6 +78,10 @@ def _workers(text: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["report"]:
+        from uffd_selftests.report.command import main as report  # noqa: PLC0415  # a run does without
+
+        return report(arguments[1:])
     passed: list[str] = []
     if "--" in arguments:
         split = arguments.index("--")
