@@ -11,6 +11,8 @@ environment.json
     What was found on the machine and what was changed there; a part of results.json, too.
 dmesg.txt
     What the kernel logged during the run.
+stress.log
+    A line for each bounce of a stress case (in a long run, two a second): result, seed, mode, what each thread did.
 report.html
     results.json as a page for people.
 """
