@@ -227,9 +227,10 @@ def test_command(tools: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 def test_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The suite in the guest is told what was said here, in the environment as well."""
+    for name in [name for name in os.environ if name.startswith("UFFD_")]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("UFFD_REQUIRE", "wp")
     monkeypatch.setenv("UFFD_MAY_HANG_KERNEL", "1")
-    monkeypatch.delenv("UFFD_DEADLINE_SCALE", raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "test_mine.py").touch()
     args = command.parser().parse_args(["-f", "move", "-k", "anon", "--strict", "--deadline", "5"])

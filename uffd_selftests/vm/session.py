@@ -240,10 +240,14 @@ class Session:
     def _boot(self, job: Job, accelerator: str, alive: Callable[[], None]) -> Ending:
         say(f"{job.kernel.name}: booting, {'with KVM' if accelerator == vng.KVM else 'emulated'}")
         scale = self._scale(accelerator)
-        deadline = next(each for each in OPTIONS if each.name == "deadline").value(self._args.deadline)
         arguments = ["--kmsg", "-o", vng.RESULTS, *suite_arguments(self._args, self._passed, scale)]
         command = vng.command(job.kernel, self._shape, accelerator, job.guest.folder, arguments)
-        return job.guest.run(command, accelerator, scale * deadline + MARGIN_SECONDS, job.lines.put, alive)
+        return job.guest.run(command, accelerator, self._patience(scale), job.lines.put, alive)
+
+    def _patience(self, scale: float) -> float:
+        """Return for how many seconds a guest may make no progress: longer than its suite lets a case take."""
+        values = {each.name: each.value(getattr(self._args, each.name)) for each in OPTIONS}
+        return float(scale * values["deadline"] + values["duration"] + MARGIN_SECONDS)
 
     def _scale(self, accelerator: str) -> float:
         """Return by how much deadlines are multiplied."""
