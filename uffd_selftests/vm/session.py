@@ -210,9 +210,9 @@ class Session:
         """Start the machines, so many at once; none is left at the end."""
         jobs = [Job(kernel, self._fresh(kernel)) for kernel in kernels]
         with ThreadPoolExecutor(self._at_once()) as threads:
-            for job in jobs:
-                job.ending = threads.submit(self._start, job)
             try:
+                for job in jobs:
+                    job.ending = threads.submit(self._start, job)
                 yield jobs
             finally:
                 threads.shutdown(wait=False, cancel_futures=True)
