@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 
@@ -108,3 +109,15 @@ def test_broken_pipe() -> None:
 def test_first_sentence(docstring: str | None, sentence: str) -> None:
     """The promise in a diagnostic is the first sentence of the docstring, in one line."""
     assert first_sentence(docstring) == sentence
+
+
+def test_full_stream() -> None:
+    """A stream on a full disk is given up and remembered; the others go on."""
+    good = io.StringIO()
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full:  # closing it fails as well
+        writer = ktap.Writer(full, good)
+        writer.plan(1)
+        writer.result(result("a", "pass"))
+        assert writer.failure is not None
+        assert writer.failure.errno == errno.ENOSPC
+    assert good.getvalue().splitlines() == ["TAP version 13", "1..1", "ok 1 a"]

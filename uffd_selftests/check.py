@@ -20,13 +20,14 @@ STEPS: dict[str, tuple[str, ...]] = {
     "mypy": (sys.executable, "-m", "mypy", "uffd_selftests", "conftest.py"),
     "mypy of the tests": (sys.executable, "-m", "mypy", "tests", "benchmarks"),
     "C compiler": (
-        *("cc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-c", "-o", "/dev/null"),
-        "uffd_selftests/native/uffd.c",
+        *("cc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread", "-o", "/dev/null"),
+        *(f"uffd_selftests/native/{name}.c" for name in ("uffd", "races", "stress")),
     ),
     "shellcheck": ("shellcheck", "run_tests.sh", ".ci/run"),
     "harness tests": (*PYTEST, "tests"),
     "suite": PYTEST,
     "suite with two workers": (*PYTEST, "-n", "2"),
+    "suite in other kernels": (sys.executable, "-m", "uffd_selftests.vm.check"),
 }
 
 

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, NoReturn
 import pytest
 
 from uffd_selftests import __version__
-from uffd_selftests.harness.reporter import FILES
-from uffd_selftests.harness.settings import OPTIONS, check_keyword
+from uffd_selftests.harness.reporter import FILES, KMSG
+from uffd_selftests.harness.settings import MAY_HANG_KERNEL, OPTIONS, STRESS_LOG, check_keyword
+from uffd_selftests.vm.options import add_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -47,7 +48,10 @@ def parser() -> Parser:
     # Without abbreviations: an option that comes later must not change what a script means.
     result = Parser(prog=PROGRAM, allow_abbrev=False)
     result.description = "Test the running kernel's userfaultfd."
-    result.epilog = "Arguments after -- go to pytest; a path among them replaces the suite's cases."
+    result.epilog = (
+        "Arguments after -- go to pytest; a path among them replaces the suite's cases. "
+        f"'{PROGRAM} report' makes a page of the results of runs: '{PROGRAM} report --help'."
+    )
     add = result.add_argument
     add("-l", "--list", action="store_true", help="list the results that a run would produce")
     add("-f", "--filter", action="append", default=[], metavar="SUBSTR",
@@ -61,7 +65,10 @@ def parser() -> Parser:
     add("--strict", action="store_true", help="let known defects of kernels fail")
     for each in OPTIONS:
         add(each.flag, metavar=each.metavar, help=f"{each.help} [{each.variable}]")
+    add(MAY_HANG_KERNEL.flag, action="store_true", help=f"{MAY_HANG_KERNEL.help} [{MAY_HANG_KERNEL.variable}]")
     add("--no-isolation", action="store_true", help="run cases in one process, for a debugger")
+    add("--kmsg", action="store_true", help="note in the kernel log which case begins (boot with printk.devkmsg=on)")
+    add_options(result)
     add("--version", action="version", version=f"{PROGRAM} {__version__}")
     return result
 
@@ -75,6 +82,10 @@ def _workers(text: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["report"]:
+        from uffd_selftests.report.command import main as report  # noqa: PLC0415  # a run does without
+
+        return report(arguments[1:])
     passed: list[str] = []
     if "--" in arguments:
         split = arguments.index("--")
@@ -84,13 +95,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_stdout()
         for each in OPTIONS:
             each.value(getattr(args, each.name))
+        MAY_HANG_KERNEL.value(None)
         check_keyword(args.keyword or "")
+        if args.kmsg and not os.access(KMSG, os.W_OK):
+            raise ValueError(f"--kmsg: cannot write to {KMSG}: run as root")
         _check_probe(args, passed)
         if args.output and not args.list:
             _make_ready(args.output)
     except ValueError as error:
         sys.stderr.write(f"{PROGRAM}: {error}\n")
         return EXIT_USAGE
+    if args.kernel and not args.list:
+        from uffd_selftests.vm import session  # noqa: PLC0415  # most runs do without
+
+        return session.main(args, passed)
     return _probe(args) if args.probe else _run(args, passed)
 
 
@@ -106,8 +124,8 @@ def _check_probe(args: argparse.Namespace, passed: list[str]) -> None:
     """Refuse what a probe would ignore; raises ValueError."""
     if args.json and not args.probe:
         raise ValueError("--json needs --probe")
-    chosen = [args.list, args.filter, args.keyword, args.workers != "0", args.output, args.require, passed]
-    if args.probe and any(chosen):
+    chosen = [args.list, args.filter, args.keyword, args.workers != "0", args.output, args.require]
+    if args.probe and any([*chosen, args.kernel, args.kmsg, passed]):
         raise ValueError("--probe runs nothing: it takes --json, --deadline-scale and --area-mib only")
 
 
@@ -124,7 +142,7 @@ def _make_ready(folder: Path) -> None:
     """Make a folder for the reports, without those of an earlier run; raises ValueError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (*FILES, "junit.xml"):
+        for name in (*FILES, "junit.xml", STRESS_LOG):
             (folder / name).write_text("")
             (folder / name).unlink()
     except OSError as error:
@@ -174,8 +192,12 @@ def _pytest_arguments(args: argparse.Namespace, passed: list[str], ktap_fd: int)
         yield "--documented-only"
     if args.strict:
         yield "--strict-defects"
+    if args.may_hang_kernel:
+        yield MAY_HANG_KERNEL.flag
     if args.no_isolation:
         yield "--no-isolation"
+    if args.kmsg:
+        yield "--kmsg"
     if args.list:
         yield "--collect-only"
     elif args.workers != "0":

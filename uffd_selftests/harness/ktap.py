@@ -51,10 +51,13 @@ def totals_line(counts: Mapping[str, int]) -> str:
 class Writer:
     """Writes one run to its streams, each line at once.
 
-    A method raises BrokenPipeError when nobody reads a stream any more; it writes no more to that one.
+    A method raises BrokenPipeError when nobody reads a stream any more; it writes no more to that one. Nor to one that
+    cannot be written for another reason, a full disk above all, but then the run is worth more than the stream.
     """
 
     def __init__(self, *streams: TextIO) -> None:
+        self.failure: OSError | None = None
+        """Why a stream lacks what was written."""
         self._streams = list(streams)
         self._number = 0
         self._started = False
@@ -89,5 +92,8 @@ class Writer:
             except BrokenPipeError as error:
                 self._streams.remove(stream)
                 broken = error
+            except OSError as error:
+                self._streams.remove(stream)
+                self.failure = error
         if broken:
             raise broken

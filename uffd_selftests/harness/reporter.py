@@ -6,19 +6,15 @@ The files of ``-o DIR``:
 results.tap
     The KTAP of the run.
 results.json
-    ``{"results": [...], "totals": {outcome: count}, "interrupted": "" or why the run ended early,
-    "exitstatus": pytest's, "options": {...}, "versions": {...}}``. Each result has ``name`` (unique), ``outcome``
-    (pass, fail, xfail, xpass, skip, error, timeout), ``reason`` (string, may be empty), ``seconds`` (float),
-    ``diagnostics`` (lines), ``nodeid``, ``case``, ``variant`` and ``mem`` (string or null), ``promise``, ``rows``
-    (promises of docs/contract.md), ``kind`` (promise, detail, version; empty for what is no case), ``defect`` (null, or
-    ``id``, ``summary``, ``kernels``, ``advice``) and ``hugepages`` (how many it takes). Results are in the order in
-    which they came.
+    Everything about the run in one document; docs/results.md describes it.
 environment.json
-    ``{"facts": {...}, "changed": {}, "hugepage_shortage": null, "kernel_log_unreadable": null, "tainted": ""}``:
-    what was probed (kernel.Facts), what was changed for the run (``hugepages``: ``size`` in bytes and pages ``added``),
-    why there were too few huge pages, why the kernel log could not be watched, and the letters of the taint flags.
+    What was found on the machine and what was changed there; a part of results.json, too.
 dmesg.txt
     What the kernel logged during the run.
+stress.log
+    A line for each bounce of a stress case (in a long run, two a second): result, seed, mode, what each thread did.
+report.html
+    results.json as a page for people.
 """
 
 from __future__ import annotations
@@ -29,7 +25,9 @@ import os
 import platform
 import signal
 import sys
+import time
 from collections import Counter
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, TextIO
 
 import pytest
@@ -37,6 +35,7 @@ import pytest
 import uffd_selftests
 from uffd_selftests.harness import ktap
 from uffd_selftests.harness.results import Planned, Result, judge
+from uffd_selftests.report.model import FORMAT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -44,7 +43,11 @@ if TYPE_CHECKING:
     from uffd_selftests.harness.interrupts import Signals
     from uffd_selftests.harness.settings import Settings
 
-FILES = ("results.tap", "results.json", "environment.json", "dmesg.txt")
+KMSG = "/dev/kmsg"
+NOTE = "uffd-selftests: case "
+"""What stands before the name of a case that begins, in the kernel's log."""
+
+FILES = ("results.tap", "results.json", "environment.json", "dmesg.txt", "report.html")
 
 
 class Reporter:
@@ -57,7 +60,10 @@ class Reporter:
         self._folder = settings.folder
         self._progress = sys.stderr if settings.progress and sys.stderr.isatty() else None
         self._signals = signals
+        self._kmsg = open(KMSG, "w") if settings.kmsg else None  # noqa: SIM115  # open as long as this is
         self._planned = 0
+        self._started = datetime.now(timezone.utc)
+        self._clock = time.monotonic()
         self._streams: list[TextIO] = []
         if settings.ktap_fd is not None:
             self._streams.append(open(settings.ktap_fd, "w", closefd=False))  # noqa: SIM115  # open as long as this is
@@ -72,7 +78,7 @@ class Reporter:
 
     def close(self) -> None:
         """Close the files."""
-        for stream in self._streams:
+        for stream in (*self._streams, *([self._kmsg] if self._kmsg else [])):
             with contextlib.suppress(OSError):
                 stream.close()
 
@@ -91,6 +97,10 @@ class Reporter:
     @pytest.hookimpl
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """Show what is running."""
+        if self._kmsg and nodeid in self._open:
+            with contextlib.suppress(OSError):
+                self._kmsg.write(f"{NOTE}{self._open[nodeid].name}\n")
+                self._kmsg.flush()
         if self._progress and nodeid in self._open:
             self._show(f"[{len(self.results) + 1}/{self._planned}] {self._open[nodeid].name}")
 
@@ -137,16 +147,44 @@ class Reporter:
                 self._ktap.bail_out(interrupted)
 
     def write_files(self, documents: dict[str, Any]) -> None:
-        """Write files of the given names into the folder, as text or as JSON."""
+        """Write files of the given names into the folder, as text or as JSON; raises OSError, leaving no half file."""
         if not self._folder:
             return
         for name, content in documents.items():
             text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-            (self._folder / name).write_text(text)
+            try:
+                (self._folder / name).write_text(text)
+            except OSError:
+                (self._folder / name).unlink(missing_ok=True)
+                raise
 
-    def summary(self, interrupted: str, exitstatus: int, options: dict[str, Any]) -> dict[str, Any]:
+    def write_page(self) -> None:
+        """Write report.html from results.json; one that cannot be made is no failure of the run."""
+        source = self._folder and self._folder / "results.json"
+        if not source or not source.exists():
+            return
+        from uffd_selftests.report import command, model  # noqa: PLC0415  # few runs want it
+
+        try:
+            command.write([model.load(source)], source.with_name("report.html"))
+        except ValueError as error:
+            sys.stderr.write(f"uffd-selftests: no report.html: {error}\n")
+
+    def complain(self, error: OSError | None) -> bool:
+        """Say that the reports are not whole, if so, because of an error or of one before."""
+        if error := error or self._ktap.failure:
+            sys.stderr.write(f"uffd-selftests: cannot write the results: {error.strerror}\n")
+        return error is not None
+
+    def summary(
+        self, interrupted: str, exitstatus: int, options: dict[str, Any], environment: dict[str, Any]
+    ) -> dict[str, Any]:
         """Return the content of results.json."""
         return {
+            "format": FORMAT,
+            "started": self._started.isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - self._clock, 3),
+            "planned": self._planned,
             "results": [result.to_dict() for result in self.results],
             "totals": dict(self.totals),
             "interrupted": interrupted,
@@ -158,6 +196,7 @@ class Reporter:
                 "python": platform.python_version(),
                 "pytest": pytest.__version__,
             },
+            "environment": environment,
         }
 
     def _show(self, text: str) -> None:

@@ -19,6 +19,8 @@ from uffd_selftests.harness.health import HugepageUse, KernelHealth
 from uffd_selftests.harness.results import Planned, Result
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from uffd_selftests.harness.interrupts import Signals
     from uffd_selftests.harness.reporter import Reporter
     from uffd_selftests.harness.settings import Settings
@@ -130,20 +132,37 @@ class Steward:
         """Remember why the run ends early."""
         self._ended_by = f"internal error: {_last_line(excrepr)}"
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Judge the run as a whole, write what is left to write and put the machine back; xdist's workers are gone."""
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, None, None]:
+        """End the run when xdist's workers are gone and junit.xml is written, or cannot be."""
+        failure: OSError | None = None
+        try:
+            yield
+        except OSError as error:
+            failure = error
         if self._begun:
             self._judge_run()
         if self._problems and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        ended_by = self._ended_by or str(session.shouldfail or session.shouldstop or "")
-        if self._reporter and (self._begun or ended_by):
-            for problem in self._problems:
-                self._reporter.add(problem)
-            self._reporter.finish(ended_by)
-            self._reporter.write_files(self._documents(ended_by, int(session.exitstatus)))
+        self._write(session, failure)
         self.close()
+        if self._reporter:
+            self._reporter.write_page()
+
+    def _write(self, session: pytest.Session, failure: OSError | None) -> None:
+        """Write what is left to write; the run fails if it cannot."""
+        ended_by = self._ended_by or str(session.shouldfail or session.shouldstop or "")
+        if not self._reporter or not (self._begun or ended_by):
+            return
+        for problem in self._problems:
+            self._reporter.add(problem)
+        self._reporter.finish(ended_by)
+        try:
+            self._reporter.write_files(self._documents(ended_by, int(session.exitstatus)))
+        except OSError as error:
+            failure = error
+        if self._reporter.complain(failure) and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def _judge_run(self) -> None:
         """Find what no single result can be blamed for."""
@@ -156,22 +175,26 @@ class Steward:
         self._problems.append(Result(Planned(name, name, name), "fail", diagnostics=lines))
 
     def _documents(self, ended_by: str, exitstatus: int) -> dict[str, Any]:
-        changed = {"hugepages": {"size": self._pool.size, "added": self._pool.added}} if self._pool else {}
+        environment = self._environment()
         return {
-            "results.json": self._summary(ended_by, exitstatus),
-            "environment.json": {
-                "facts": self.facts.to_dict(),
-                "changed": changed,
-                "hugepage_shortage": self._pool.shortage if self._pool else None,
-                "kernel_log_unreadable": self.health.unreadable or None,
-                "tainted": self.health.taints(),
-            },
+            "results.json": self._summary(ended_by, exitstatus, environment),
+            "environment.json": environment,
             "dmesg.txt": "".join(f"{record}\n" for record in self.health.records),
         }
 
-    def _summary(self, ended_by: str, exitstatus: int) -> dict[str, Any]:
+    def _environment(self) -> dict[str, Any]:
+        changed = {"hugepages": {"size": self._pool.size, "added": self._pool.added}} if self._pool else {}
+        return {
+            "facts": self.facts.to_dict(),
+            "changed": changed,
+            "hugepage_shortage": self._pool.shortage if self._pool else None,
+            "kernel_log_unreadable": self.health.unreadable or None,
+            "tainted": self.health.taints(),
+        }
+
+    def _summary(self, ended_by: str, exitstatus: int, environment: dict[str, Any]) -> dict[str, Any]:
         options = {**self._settings.to_dict(), "keyword": self._config.option.keyword, "workers": len(self._workers)}
-        return self._reporter.summary(ended_by, exitstatus, options) if self._reporter else {}
+        return self._reporter.summary(ended_by, exitstatus, options, environment) if self._reporter else {}
 
     @pytest.hookimpl
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:

@@ -10,13 +10,16 @@ from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
+HEADERS = ("uffd.h", "races.h", "stress.h")
 
 
 def ffi_builder() -> FFI:
-    """Describe the extension from uffd.h, which is C header and cdef in one."""
+    """Describe the extension from its headers, which are C headers and cdef in one."""
     ffi = FFI()
-    ffi.cdef((HERE / "uffd.h").read_text())
-    ffi.set_source("uffd_selftests.native._native", "#include <stddef.h>\n#include <stdint.h>\n#include \"uffd.h\"\n")
+    for header in HEADERS:
+        ffi.cdef((HERE / header).read_text())
+    includes = ["<stddef.h>", "<stdint.h>", *(f'"{header}"' for header in HEADERS)]
+    ffi.set_source("uffd_selftests.native._native", "".join(f"#include {name}\n" for name in includes))
     return ffi
 
 

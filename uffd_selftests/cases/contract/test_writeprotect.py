@@ -36,12 +36,14 @@ from uffd_selftests.common import (
     small_area,
     swap_out,
 )
+from uffd_selftests.hwpoison import declared_sound
 from uffd_selftests.mem_types import (
     ALL,
     ANON,
     FILE_BACKED,
     HUGETLB,
     HUGETLB_PRIVATE,
+    NOT_HUGETLB,
     PRIVATE,
     SHARED,
     SHMEM,
@@ -72,7 +74,7 @@ from uffd_selftests.memory import (
     unmap,
 )
 from uffd_selftests.processes import Channel, Child, Waiter, faulting, undisturbed, unread_event
-from uffd_selftests.uapi import CopyMode, Feature, PagefaultFlag, WriteprotectMode
+from uffd_selftests.uapi import PM_PFN_MASK, CopyMode, Feature, PagefaultFlag, WriteprotectMode
 
 SEVERAL_MAPPINGS = WRITEPROTECT | Feature.WP_UNPOPULATED
 """Since the release that brought this feature the range of one call may span several mappings (mwriteprotect_range)."""
@@ -641,7 +643,9 @@ def test_writeprotect_punch(ctx: Context) -> None:
         ctx.uffd.unprotect(area.range)
 
 
-@uffd_case("writeprotect-mprotect", mem=ALL, features=WRITEPROTECT, pages=2, rows=("WP-20",), kind=Kind.DETAIL)
+@uffd_case(
+    "writeprotect-mprotect", mem=ALL, features=WRITEPROTECT, pages=2, rows=("WP-20",), bugs=(32,), kind=Kind.DETAIL
+)
 def test_writeprotect_mprotect(ctx: Context) -> None:
     """mprotect(2) comes first, with SIGSEGV and no message, and leaves the protection underneath as it was."""
     area = filled(ctx)
@@ -680,7 +684,7 @@ def test_writeprotect_mprotect_meanwhile(ctx: Context) -> None:
     area.expect_pattern_of(area)
 
 
-@uffd_case("writeprotect-mremap", mem=ALL, features=WRITEPROTECT, pages=3, rows=("WP-27",), kind=Kind.DETAIL)
+@uffd_case("writeprotect-mremap", mem=ALL, features=WRITEPROTECT, pages=3, rows=("WP-27",), bugs=(1,), kind=Kind.DETAIL)
 def test_writeprotect_mremap(ctx: Context) -> None:
     """Without UFFD_FEATURE_EVENT_REMAP what mremap(2) moves is neither protected nor registered any more."""
     area, moved = ctx.dst, ctx.allocate()
@@ -737,6 +741,7 @@ def test_writeprotect_mremap_event(ctx: Context) -> None:
     needs=("thp",),
     pages=1,
     rows=("WP-27",),
+    bugs=(1,),
     kind=Kind.DETAIL,
 )
 def test_writeprotect_mremap_tables(ctx: Context) -> None:
@@ -834,6 +839,29 @@ def test_writeprotect_swap(ctx: Context) -> None:
     area.expect_pattern_of(area)
 
 
+@uffd_case(
+    "writeprotect-migrated",
+    mem=NOT_HUGETLB,
+    features=WRITEPROTECT,
+    needs=("cap_sys_admin",),
+    pages=2,
+    rows=("WP-07", "WP-08"),
+    bugs=(32,),
+    kind=Kind.DETAIL,
+)
+def test_writeprotect_migrated(ctx: Context) -> None:
+    """A page that the kernel moves to other memory, which the memory's user never notices, stays protected."""
+    area = filled(ctx)
+    ctx.uffd.writeprotect(area.page(0))
+    with declared_sound(area.page(0)) as frame:
+        advise(area.page(0), Advice.SOFT_OFFLINE)
+    expect(Pagemap.entry(area.start) & PM_PFN_MASK == frame, False, "whether the page is where it was")
+    Pagemap.expect_protected(area, {0}, "after MADV_SOFT_OFFLINE")
+    area.expect_pattern_of(area)
+    expect_free(ctx.uffd, area, 1)
+    expect_trapped(ctx.uffd, area, 0)
+
+
 @uffd_case("writeprotect-swap-shared", mem=(SHMEM,), features=WRITEPROTECT, needs=("swap",), pages=3, rows=("WP-23",))
 def test_writeprotect_swap_shared(ctx: Context) -> None:
     """Pages of shared memory stay protected when they are swapped out, which takes them out of the mapping."""
@@ -893,6 +921,7 @@ def test_writeprotect_fork(ctx: Context) -> None:
     pages=2,
     spare_hugepages=4,
     rows=("WP-18",),
+    bugs=(20,),
 )
 def test_writeprotect_fork_missing(ctx: Context) -> None:
     """Without UFFD_FEATURE_EVENT_FORK a child writes freely to pages that its parent protected while missing."""
@@ -1133,6 +1162,7 @@ def test_writeprotect_thp_fork_event(ctx: Context) -> None:
     needs=("thp",),
     pages=1,
     rows=("WP-26",),
+    bugs=(30,),
     kind=Kind.DETAIL,
 )
 def test_writeprotect_collapse(ctx: Context) -> None:
