@@ -24,10 +24,10 @@ STEPS: dict[str, tuple[str, ...]] = {
         *(f"uffd_selftests/native/{name}.c" for name in ("uffd", "races", "stress")),
     ),
     "shellcheck": ("shellcheck", "run_tests.sh", ".ci/run"),
+    "suite in other kernels": (sys.executable, "-m", "uffd_selftests.vm.check"),
     "harness tests": (*PYTEST, "tests"),
     "suite": PYTEST,
     "suite with two workers": (*PYTEST, "-n", "2"),
-    "suite in other kernels": (sys.executable, "-m", "uffd_selftests.vm.check"),
 }
 
 
