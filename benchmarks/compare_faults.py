@@ -241,7 +241,7 @@ def benchmark(arguments: argparse.Namespace) -> int:
     progress("")
     if not comparisons:
         raise BenchmarkError("nothing to compare")
-    print(f"Linux {facts.release} {facts.machine}, {facts.cpus} CPUs, rounds: {arguments.rounds}")
+    print(f"Linux {facts.release} {facts.machine}, CPUs: {facts.cpus}, rounds: {arguments.rounds}")
     show(comparisons)
     if arguments.json:
         document = {"kernel": facts.release, "cpus": os.cpu_count(), "results": [c.to_dict() for c in comparisons]}

@@ -320,8 +320,8 @@ def cells(result: Result) -> tuple[str, ...]:
 def show(report: Report, facts: Facts, arguments: argparse.Namespace) -> None:
     """Print the table, and what is not in it."""
     if report.measured:
-        handlers = "1 handler" if arguments.handlers == 1 else f"{arguments.handlers} handlers"
-        print(f"Linux {facts.release} {facts.machine}, {facts.cpus} CPUs, {handlers}, rounds: {arguments.rounds}")
+        handlers, rounds = arguments.handlers, arguments.rounds
+        print(f"Linux {facts.release} {facts.machine}, CPUs: {facts.cpus}, handlers: {handlers}, rounds: {rounds}")
         print("\n".join(table(report.measured)))
     for why in dict.fromkeys(report.left_out.values()):
         names = [name for name, reason in report.left_out.items() if reason == why]

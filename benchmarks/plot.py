@@ -48,10 +48,9 @@ def draw(document: dict[str, Any], path: Path) -> None:
         right.axis("off")
     handles = {line.get_label(): line for axes in rows.flat for line in axes.get_lines() if line.get_label() in labels}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
-    handlers = document["handlers"]
     figure.suptitle(
-        f"userfaults, Linux {document['kernel']} {document['machine']}, {document['cpus']} CPUs, "
-        f"{handlers} handler{'s' if handlers > 1 else ''}"
+        f"userfaults, Linux {document['kernel']} {document['machine']}, CPUs: {document['cpus']}, "
+        f"handlers: {document['handlers']}"
     )
     figure.savefig(path, dpi=110)
     plt.close(figure)
