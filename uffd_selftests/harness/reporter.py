@@ -11,6 +11,8 @@ environment.json
     What was found on the machine and what was changed there; a part of results.json, too.
 dmesg.txt
     What the kernel logged during the run.
+junit.xml
+    results.json for CI systems.
 report.html
     results.json as a page for people.
 """
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from uffd_selftests.harness.interrupts import Signals
     from uffd_selftests.harness.settings import Settings
 
-FILES = ("results.tap", "results.json", "environment.json", "dmesg.txt", "report.html")
+FILES = ("results.tap", "results.json", "environment.json", "dmesg.txt", "junit.xml", "report.html")
 
 FORMAT = 1
 """The version of results.json: raised when what a reader knows changes its meaning or goes away, not for additions."""
@@ -148,6 +150,16 @@ class Reporter:
             except OSError:
                 (self._folder / name).unlink(missing_ok=True)
                 raise
+
+    def write_junit(self) -> None:
+        """Write junit.xml from results.json; raises OSError."""
+        if not self._folder:
+            return
+        from uffd_selftests.formats import junit  # noqa: PLC0415  # few runs want it
+        from uffd_selftests.report import model  # noqa: PLC0415
+
+        document = junit.document([model.load(self._folder / "results.json")])
+        (self._folder / "junit.xml").write_bytes(document)
 
     def write_page(self) -> None:
         """Write report.html from results.json; one that cannot be made is no failure of the run."""
