@@ -139,6 +139,16 @@ def test_failures_are_grouped_by_promise(folder: Folder) -> None:
     assert "The promise of b." not in broken
 
 
+def test_long_diagnostics(folder: Folder) -> None:
+    """What one failure says is bounded, and it is said how much is left out."""
+    lines = [f"line {number}." for number in range(1, 71)]
+    run = folder.document("6.18", result("a", "fail", diagnostics=lines))
+    broken = folder.page(run).section("broken").text
+    assert "line 60." in broken
+    assert "line 61." not in broken
+    assert "10 lines more in results.json" in broken
+
+
 def test_skips_are_grouped_by_reason(folder: Folder) -> None:
     """What is missing is said once, with how many results it costs and which."""
     skips = [result(f"s on {mem}", "skip", reason="no swap space: swapon a file") for mem in ("anon", "shmem")]

@@ -59,6 +59,7 @@ class Advice(IntEnum):
     DONTNEED_LOCKED = 24
     COLLAPSE = 25
     HWPOISON = 100
+    SOFT_OFFLINE = 101
     GUARD_INSTALL = 102
     GUARD_REMOVE = 103
     WILLNEED = 3

@@ -35,6 +35,7 @@ import pytest
 import uffd_selftests
 from uffd_selftests.harness import ktap
 from uffd_selftests.harness.results import Planned, Result, judge
+from uffd_selftests.report.model import FORMAT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -43,9 +44,6 @@ if TYPE_CHECKING:
     from uffd_selftests.harness.settings import Settings
 
 FILES = ("results.tap", "results.json", "environment.json", "dmesg.txt", "junit.xml", "report.html")
-
-FORMAT = 1
-"""The version of results.json: raised when what a reader knows changes its meaning or goes away, not for additions."""
 
 
 class Reporter:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 FORMAT = 1
-"""The newest format that the report understands."""
+"""The format that a run writes, and the newest that the report reads."""
 
 OUTCOMES = ("fail", "timeout", "error", "xpass", "xfail", "skip", "pass")
 """What can become of a result, what a reader should look at first in front."""

@@ -25,8 +25,8 @@ FOLDERS = {
 NO_CASE = "The run itself"
 """The topic of results that no case declares."""
 
-MAX_DIAGNOSTICS = 60
-"""How many lines of diagnostics one result shows."""
+MAX_DIAGNOSTICS, MAX_FURTHER = 60, 12
+"""How many lines of diagnostics the first failure of a case shows, and each that is another one."""
 DIAGNOSTICS_BUDGET = 100_000
 """How many characters of diagnostics a page shows; when all is broken, the first ones tell enough."""
 
@@ -217,13 +217,13 @@ def _evidence(line: Line, runs: list[Run]) -> list[Evidence]:
             if result and result.broken:
                 key = (result.outcome, result.reason, _essence(result.diagnostics))
                 alike.setdefault(key, []).append((mem, number, result))
-    evidence = []
+    evidence: list[Evidence] = []
     for (outcome, reason, _), members in alike.items():
         first = members[0][2]
         said = [text for text in first.diagnostics if text != f"promise: {first.promise}"]
         where = _where([(mem, number) for mem, number, _ in members], runs)
-        cut = max(0, len(said) - MAX_DIAGNOSTICS)
-        evidence.append(Evidence(outcome, reason, "\n".join(said[:MAX_DIAGNOSTICS]), cut, where))
+        kept = said[: MAX_FURTHER if evidence else MAX_DIAGNOSTICS]
+        evidence.append(Evidence(outcome, reason, "\n".join(kept), len(said) - len(kept), where))
     return evidence
 
 

@@ -20,7 +20,6 @@ from uffd_selftests.common import (
     WP,
     Context,
     Pagemap,
-    Skip,
     UffdError,
     bad_ranges,
     expect,
@@ -30,7 +29,7 @@ from uffd_selftests.common import (
     promise,
     refuses,
 )
-from uffd_selftests.kernel import open_debugfs
+from uffd_selftests.hwpoison import declared_sound
 from uffd_selftests.mem_types import ANON, FILE_BACKED, HUGETLB, HUGETLB_PRIVATE, SHMEM, SHMEM_PRIVATE, Area
 from uffd_selftests.memory import (
     PAGE_SIZE,
@@ -38,7 +37,6 @@ from uffd_selftests.memory import (
     Advice,
     Range,
     advise,
-    errno_name,
     peek,
     pmd_mapped,
     poke,
@@ -49,7 +47,7 @@ from uffd_selftests.memory import (
     unmap,
 )
 from uffd_selftests.processes import faulting, handled, orphaned, undisturbed, unread_event
-from uffd_selftests.uapi import PM_PFN_MASK, ContinueMode, Feature, PagefaultFlag, RegisterMode
+from uffd_selftests.uapi import ContinueMode, Feature, PagefaultFlag, RegisterMode
 
 # No bit of its own says that UFFDIO_CONTINUE can protect; it came with WP_UNPOPULATED.
 MINOR_WP = MINOR_FAULTS | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_UNPOPULATED
@@ -411,20 +409,13 @@ def hardware_poisoned(area: Area, page: Range) -> Iterator[None]:
 
     Afterwards the file is emptied, for only a page that nobody uses can be declared sound again.
     """
-    try:
-        undo = open_debugfs("hwpoison/unpoison-pfn", os.O_WRONLY)
-    except OSError as error:
-        name = errno_name(error.errno or 0)
-        raise Skip(f"debugfs hwpoison/unpoison-pfn: {name}: CONFIG_HWPOISON_INJECT: modprobe hwpoison-inject") from None
-    pfn = Pagemap.entry(page.start) & PM_PFN_MASK
-    try:
-        with handled(SIGBUS):  # sent to whoever has it mapped
-            advise(page, Advice.HWPOISON)
-        yield
-    finally:
-        os.ftruncate(area.fd or -1, 0)
-        os.write(undo, f"{pfn:#x}".encode())
-        os.close(undo)
+    with declared_sound(page):
+        try:
+            with handled(SIGBUS):  # sent to whoever has it mapped
+                advise(page, Advice.HWPOISON)
+            yield
+        finally:
+            os.ftruncate(area.fd or -1, 0)
 
 
 @uffd_case(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from errno import EAGAIN, EFAULT, EINVAL, EIO, ENOENT, ESRCH
 from functools import partial
 from signal import SIGBUS, SIGSEGV
@@ -36,12 +36,14 @@ from uffd_selftests.common import (
     small_area,
     swap_out,
 )
+from uffd_selftests.hwpoison import declared_sound
 from uffd_selftests.mem_types import (
     ALL,
     ANON,
     FILE_BACKED,
     HUGETLB,
     HUGETLB_PRIVATE,
+    NOT_HUGETLB,
     PRIVATE,
     SHARED,
     SHMEM,
@@ -72,7 +74,7 @@ from uffd_selftests.memory import (
     unmap,
 )
 from uffd_selftests.processes import Channel, Child, Waiter, faulting, undisturbed, unread_event
-from uffd_selftests.uapi import CopyMode, Feature, PagefaultFlag, WriteprotectMode
+from uffd_selftests.uapi import PM_PFN_MASK, CopyMode, Feature, PagefaultFlag, WriteprotectMode
 
 SEVERAL_MAPPINGS = WRITEPROTECT | Feature.WP_UNPOPULATED
 """Since the release that brought this feature the range of one call may span several mappings (mwriteprotect_range)."""
@@ -573,6 +575,24 @@ def test_writeprotect_dontneed(ctx: Context) -> None:
         area.expect_zero(0, 1)
 
 
+@uffd_case(
+    "writeprotect-dontneed-missing",
+    mem=(ANON,),
+    features=Feature.PAGEFAULT_FLAG_WP | Feature.WP_UNPOPULATED,
+    pages=2,
+    rows=("WP-12", "WP-15"),
+)
+def test_writeprotect_dontneed_missing(ctx: Context) -> None:
+    """MADV_DONTNEED also drops the protection of an anonymous page that is not there."""
+    area = ctx.dst
+    ctx.uffd.register(area.range, WP)
+    ctx.uffd.writeprotect(area.range)
+    advise(area.page(0), Advice.DONTNEED)
+    Pagemap.expect_protected(area, {1}, "after dropping page 0")
+    expect_free(ctx.uffd, area, 0)
+    expect_trapped(ctx.uffd, area, 1)
+
+
 KEPT_BY_REMOVE = Defect(
     id="D-WP-16",
     summary="MADV_REMOVE leaves the pages that it drops protected: the next write to each is trapped",
@@ -814,6 +834,28 @@ def test_writeprotect_swap(ctx: Context) -> None:
     expect_free(uffd, area, 4)
     mend(ctx, area, 0, 1, 3)
     area.expect_pattern_of(area)
+
+
+@uffd_case(
+    "writeprotect-migrated",
+    mem=NOT_HUGETLB,
+    features=WRITEPROTECT,
+    needs=("cap_sys_admin",),
+    pages=2,
+    rows=("WP-07", "WP-08"),
+    kind=Kind.DETAIL,
+)
+def test_writeprotect_migrated(ctx: Context) -> None:
+    """A page that the kernel moves to other memory, which the memory's user never notices, stays protected."""
+    area = filled(ctx)
+    ctx.uffd.writeprotect(area.page(0))
+    with declared_sound(area.page(0)) as frame:
+        advise(area.page(0), Advice.SOFT_OFFLINE)
+    expect(Pagemap.entry(area.start) & PM_PFN_MASK == frame, False, "whether the page is where it was")
+    Pagemap.expect_protected(area, {0}, "after MADV_SOFT_OFFLINE")
+    area.expect_pattern_of(area)
+    expect_free(ctx.uffd, area, 1)
+    expect_trapped(ctx.uffd, area, 0)
 
 
 @uffd_case("writeprotect-swap-shared", mem=(SHMEM,), features=WRITEPROTECT, needs=("swap",), pages=3, rows=("WP-23",))
@@ -1152,6 +1194,30 @@ def test_writeprotect_collapse_missing(ctx: Context) -> None:
         collapse(area.range)
     Pagemap.expect_protected(area, {7}, "after MADV_COLLAPSE")
     expect_trapped(ctx.uffd, area, 7)
+
+
+@uffd_case(
+    "writeprotect-collapse-file",
+    mem=(SHMEM,),
+    features=WRITEPROTECT,
+    needs=("thp",),
+    pages=1,
+    rows=("WP-26",),
+    kind=Kind.DETAIL,
+)
+def test_writeprotect_collapse_file(ctx: Context) -> None:
+    """Whatever MADV_COLLAPSE makes of a file, a range watched for writes maps it by base page, protected as before."""
+    require_collapse(ctx)
+    area = small_area(ctx)
+    ctx.uffd.register(area.range, WP)
+    ctx.uffd.writeprotect(area.page(7))
+    with suppress(KernelError):
+        collapse(area.range)
+    expect(pmd_mapped(area.range), 0, "bytes mapped by huge pages")
+    Pagemap.expect_protected(area, {7}, "after MADV_COLLAPSE")
+    expect_free(ctx.uffd, area, 0, area.nr_pages - 1)
+    expect_trapped(ctx.uffd, area, 7)
+    area.expect_pattern_of(area, 8)
 
 
 # ---- other ways to the same page -----------------------------------------------------------------------------------
