@@ -23,7 +23,10 @@ STEPS: dict[str, tuple[str, ...]] = {
         *("cc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-c", "-o", "/dev/null"),
         "uffd_selftests/native/uffd.c",
     ),
-    "shellcheck": ("shellcheck", "run_tests.sh", ".ci/run"),
+    "shellcheck": (
+        *("shellcheck", "run_tests.sh", ".ci/run"),
+        *("ci/kselftest/install.sh", "ci/lava/ktap-to-lava.sh"),
+    ),
     "harness tests": (*PYTEST, "tests"),
     "suite": PYTEST,
     "suite with two workers": (*PYTEST, "-n", "2"),
