@@ -160,7 +160,7 @@ def test_kselftest(tmp_path: Path, suite: SuiteWriter, text: str, inner: str, ou
 
 
 def test_kselftest_folder(tmp_path: Path) -> None:
-    """The suite is added to what "make kselftest-install" made, whole, and once."""
+    """The suite is added to what the kernel's selftests installed, whole, and once."""
     (tmp_path / "run_kselftest.sh").touch()
     (tmp_path / "kselftest-list.txt").write_text("mm:run_vmtests.sh\n")
     for _ in range(2):
@@ -177,7 +177,7 @@ def test_kselftest_folder(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ([], "call it as: install.sh DIR [LINUX]"),
-        (["{tmp}"], "no run_kselftest.sh in {tmp}: name what 'make kselftest-install' made, or a kernel source behind"),
+        (["{tmp}"], "no run_kselftest.sh in {tmp}: name what the kernel's selftests installed, or a kernel"),
         (["{tmp}", "/usr"], "/usr is no kernel source: there is no tools/testing/selftests in it"),
     ],
 )

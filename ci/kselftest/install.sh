@@ -3,7 +3,7 @@
 #
 # Adds the suite to a kselftest folder, as the collection "uffd" for run_kselftest.sh.
 #
-#   install.sh DIR          DIR was made by the kernel's "make kselftest-install"
+#   install.sh DIR          DIR was made by the kernel's "make -C tools/testing/selftests install"
 #   install.sh DIR LINUX    DIR is made, with the runner of the kernel source LINUX
 #
 # Exit code 2 and one line that says what to do when that cannot be done.
@@ -26,7 +26,7 @@ if [ $# -eq 2 ]; then
     } 2>/dev/null || die "cannot write into $folder"
 fi
 [ -e "$folder/run_kselftest.sh" ] ||
-    die "no run_kselftest.sh in $folder: name what 'make kselftest-install' made, or a kernel source behind it"
+    die "no run_kselftest.sh in $folder: name what the kernel's selftests installed, or a kernel source behind it"
 
 collection=$folder/uffd
 { rm -rf "$collection" && mkdir "$collection"; } 2>/dev/null || die "cannot write into $folder"
