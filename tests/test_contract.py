@@ -32,12 +32,12 @@ def test_every_contradiction_has_a_defect() -> None:
 
 
 def test_declarations_are_sound() -> None:
-    """Names are unique, and fit into KTAP; promises are sentences; each case cites a row."""
+    """Names are unique, and fit into KTAP; promises are sentences; each case, stress apart, cites a row."""
     found = contract.declared()
     assert [name for name, count in Counter(one.case.name for one in found).items() if count > 1] == []
     assert [one.case.name for one in found if not one.promise.endswith(".")] == []
     assert [one.case.name for one in found if "#" in one.case.name] == []
-    assert [one.case.name for one in found if not one.case.rows] == []
+    assert [one.case.name for one in found if not one.case.rows and "/stress/" not in one.path] == []
 
 
 def test_document_is_up_to_date() -> None:

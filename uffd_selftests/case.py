@@ -70,12 +70,16 @@ class Case:
     """Called when the areas are mapped and still empty; may raise Skip."""
     rows: tuple[str, ...] = ()
     """The promises of docs/contract.md that the case checks."""
+    bugs: tuple[int, ...] = ()
+    """The bugs of docs/regressions.md that would make it fail."""
     kind: Kind = Kind.PROMISE
     defect: Defect | None = None
     """The known defect because of which an AssertionError of this case is an expected failure."""
     smp: bool = False
     """Let the case run on every CPU. The others are kept on one: a fault is then a switch to the handler and back
     instead of two wake-ups of a sleeping CPU, which takes several times longer."""
+    may_hang_kernel: bool = False
+    """A kernel with the bug leaves a process that nothing can end: it runs last, and only with --may-hang-kernel."""
 
     def result_name(self, variant: str | None = None, mem: MemType | None = None) -> str:
         """Return the name of one result: ``name (variant) on mem``."""
@@ -94,9 +98,11 @@ def uffd_case(
     pre_alloc: ContextHook | None = None,
     post_alloc: ContextHook | None = None,
     rows: tuple[str, ...] = (),
+    bugs: tuple[int, ...] = (),
     kind: Kind = Kind.PROMISE,
     defect: Defect | None = None,
     smp: bool = False,
+    may_hang_kernel: bool = False,
 ) -> Callable[[F], F]:
     """Declare the decorated function as a case; the fields are those of Case."""
     case = Case(
@@ -110,9 +116,11 @@ def uffd_case(
         pre_alloc=pre_alloc,
         post_alloc=post_alloc,
         rows=rows,
+        bugs=bugs,
         kind=kind,
         defect=defect,
         smp=smp,
+        may_hang_kernel=may_hang_kernel,
     )
 
     def declare(function: F) -> F:

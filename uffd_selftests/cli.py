@@ -19,7 +19,7 @@ import pytest
 
 from uffd_selftests import __version__
 from uffd_selftests.harness.reporter import FILES
-from uffd_selftests.harness.settings import OPTIONS, check_keyword
+from uffd_selftests.harness.settings import MAY_HANG_KERNEL, OPTIONS, check_keyword
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -68,6 +68,7 @@ def parser() -> Parser:
     add("--strict", action="store_true", help="let known defects of kernels fail")
     for each in OPTIONS:
         add(each.flag, metavar=each.metavar, help=f"{each.help} [{each.variable}]")
+    add(MAY_HANG_KERNEL.flag, action="store_true", help=f"{MAY_HANG_KERNEL.help} [{MAY_HANG_KERNEL.variable}]")
     add("--no-isolation", action="store_true", help="run cases in one process, for a debugger")
     add("--version", action="version", version=f"{PROGRAM} {__version__}")
     return result
@@ -99,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_stdout()
         for each in OPTIONS:
             each.value(getattr(args, each.name))
+        MAY_HANG_KERNEL.value(None)
         check_keyword(args.keyword or "")
         _check_probe(args, passed)
         if args.output and not args.list:
@@ -189,6 +191,8 @@ def _pytest_arguments(args: argparse.Namespace, passed: list[str], ktap_fd: int)
         yield "--documented-only"
     if args.strict:
         yield "--strict-defects"
+    if args.may_hang_kernel:
+        yield MAY_HANG_KERNEL.flag
     if args.no_isolation:
         yield "--no-isolation"
     if args.list:

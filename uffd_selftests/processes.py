@@ -78,9 +78,13 @@ class Waiter:
         """The thread's id in the kernel."""
         return self._thread.native_id or 0
 
+    def join(self, seconds: float) -> None:
+        """Wait for the call, so long at most."""
+        self._thread.join(seconds)
+
     def result(self) -> object:
         """Wait for the call and return its result, or raise what it raised."""
-        self._thread.join(DEADLINE)
+        self.join(DEADLINE)
         if self._thread.is_alive():
             raise AssertionError(f"the call did not return within {DEADLINE:g} seconds; it sleeps in {self.wchan}")
         if self._error is not None:

@@ -30,6 +30,13 @@ class Missing:
     """A clause that says what is missing and how to get it."""
 
 
+NOT_ASKED_FOR = Missing(
+    "may-hang-kernel",
+    "a kernel with this bug is left with a process that nothing can end: --may-hang-kernel, on a machine to spare",
+)
+"""What a case lacks that may hang the kernel, unless it was asked for."""
+
+
 def missing(case: Case, mem: MemType | None, facts: Facts) -> list[Missing]:
     """Return everything that a case on a memory type lacks; huge pages apart, which come and go during a run."""
     if nothing := no_userfaultfd(facts):
@@ -66,7 +73,8 @@ def requirement_name(feature: Feature) -> str:
 
 def requirement_names() -> list[str]:
     """Return all names that can be required."""
-    return sorted({"userfaultfd", HUGEPAGES, *map(requirement_name, Feature), *map(_dashed, REQUIREMENTS)})
+    others = {"userfaultfd", HUGEPAGES, NOT_ASKED_FOR.name}
+    return sorted({*others, *map(requirement_name, Feature), *map(_dashed, REQUIREMENTS)})
 
 
 def parse_requirements(text: str) -> frozenset[str]:

@@ -112,12 +112,17 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep what --filter and --documented-only leave."""
+    """Keep what --filter and --documented-only leave, and put last what may hang the kernel."""
     settings = config.stash[SETTINGS]
     wanted = [item for item in items if _wanted(item, settings)]
     if len(wanted) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if not _wanted(item, settings)])
-        items[:] = wanted
+    items[:] = sorted(wanted, key=_may_hang_kernel)
+
+
+def _may_hang_kernel(item: pytest.Item) -> bool:
+    case, _, _ = declaration(item)
+    return case is not None and case.may_hang_kernel
 
 
 def _wanted(item: pytest.Item, settings: Settings) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from uffd_selftests.bugs import known_bugs
 from uffd_selftests.case import ATTRIBUTE, Case
 from uffd_selftests.harness.gating import hugepages_needed, missing
 
@@ -45,6 +46,8 @@ class Planned:
     """The known defect of kernels (id, summary, kernels, advice) that makes it an expected failure."""
     hugepages: int = 0
     """Huge pages of the default size that it takes; 0 when it is skipped for lack of something else."""
+    bugs: tuple[int, ...] = ()
+    """The bugs of docs/regressions.md that would make it fail."""
 
     @classmethod
     def of(cls, item: pytest.Item, area_bytes: int, facts: Facts | None) -> Planned:
@@ -64,12 +67,13 @@ class Planned:
             case.kind.value,
             dataclasses.asdict(case.defect) if case.defect else None,
             0 if facts and missing(case, mem, facts) else hugepages_needed(case, mem, area_bytes),
+            case.bugs,
         )
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Planned:
         """Return what dataclasses.asdict made plain, and JSON plainer."""
-        return cls(**{**plain, "rows": tuple(plain["rows"])})
+        return cls(**{**plain, "rows": tuple(plain["rows"]), "bugs": tuple(plain["bugs"])})
 
 
 def declaration(item: pytest.Item) -> tuple[Case | None, str | None, MemType | None]:
@@ -118,6 +122,7 @@ class Result:
             "diagnostics": self.diagnostics,
             **plain,
             "rows": list(self.planned.rows),
+            "bugs": list(self.planned.bugs),
         }
 
 
@@ -167,6 +172,8 @@ def _diagnostics(planned: Planned, failed: Sequence[pytest.TestReport]) -> Itera
     for report in failed:
         yield from _message(report)
         yield from verdict(report).get("evidence", ())
+    for number in planned.bugs:
+        yield str(known_bugs()[number])
     yield from _output(failed)
 
 

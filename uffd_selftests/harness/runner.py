@@ -82,6 +82,8 @@ class Runner:
         if not case:
             return self._run(item, isolate=self._settings.isolate_all or bool(item.get_closest_marker("isolated")))
         lacking = gating.missing(case, mem, self._facts)
+        if case.may_hang_kernel and not self._settings.may_hang_kernel:
+            lacking.append(gating.NOT_ASKED_FOR)
         needed = 0 if lacking else gating.hugepages_needed(case, mem, self._settings.area_bytes)
         with self._turn(needed):
             if needed and (reason := lack_of_hugepages(self._facts.hugepage_size, needed)):

@@ -34,6 +34,13 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def yes_or_no(text: str) -> bool:
+    """Read 1 or 0; raises ValueError."""
+    if text not in ("0", "1"):
+        raise ValueError(f"{text!r} is neither 0 nor 1")
+    return text == "1"
+
+
 @dataclass(frozen=True)
 class Option:
     """An option that takes a value and can be set by the environment as well."""
@@ -70,6 +77,13 @@ OPTIONS = (
 )  # fmt: skip
 
 
+MAY_HANG_KERNEL = Option(
+    "--may-hang-kernel", "", "UFFD_MAY_HANG_KERNEL", "0", yes_or_no,
+    "run, at the end, cases of bugs that leave a process which nothing can end",
+)  # fmt: skip
+"""Takes no value on the command line."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """The options of a run, checked."""
@@ -89,6 +103,8 @@ class Settings:
     """Isolate tests that declare no case, too."""
     ktap_fd: int | None
     progress: bool
+    may_hang_kernel: bool
+    """Run what leaves a process that nothing can end where the kernel is broken."""
     folder: Path | None
 
     @classmethod
@@ -97,6 +113,7 @@ class Settings:
         option = config.option
         try:
             check_keyword(option.keyword)
+            may_hang_kernel = MAY_HANG_KERNEL.value(option.may_hang_kernel)
             values = {each.name: each.value(getattr(option, each.name)) for each in OPTIONS}
         except ValueError as error:
             raise pytest.UsageError(str(error)) from None
@@ -112,6 +129,7 @@ class Settings:
             option.isolate_all,
             option.ktap_fd,
             option.progress,
+            may_hang_kernel,
             Path(option.report_dir) if option.report_dir else None,
         )
 
@@ -126,6 +144,7 @@ class Settings:
             "documented_only": self.documented_only,
             "strict": self.strict,
             "isolation": self.isolate,
+            "may_hang_kernel": self.may_hang_kernel,
         }
 
 
@@ -152,4 +171,6 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption("--isolate-all", action="store_true", help="run all tests in child processes, not only cases")
     group.addoption("--ktap-fd", type=int, metavar="FD", help="write KTAP to this descriptor")
     group.addoption("--progress", action="store_true", help="show what is running if stderr is a terminal")
+    text = f"{MAY_HANG_KERNEL.help} [{MAY_HANG_KERNEL.variable}]"
+    group.addoption(MAY_HANG_KERNEL.flag, action="store_const", const="1", help=text)
     group.addoption("--report-dir", metavar="DIR", help="write results.tap, results.json... into this folder")

@@ -10,13 +10,17 @@ from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
+HEADERS = ("uffd.h", "races.h")
 
 
 def ffi_builder() -> FFI:
-    """Describe the extension from uffd.h, which is C header and cdef in one."""
+    """Describe the extension from its headers, which are C headers and cdefs in one."""
     ffi = FFI()
-    ffi.cdef((HERE / "uffd.h").read_text())
-    ffi.set_source("uffd_selftests.native._native", "#include <stddef.h>\n#include <stdint.h>\n#include \"uffd.h\"\n")
+    includes = ["#include <stddef.h>", "#include <stdint.h>"]
+    for header in HEADERS:
+        ffi.cdef((HERE / header).read_text())
+        includes.append(f'#include "{header}"')
+    ffi.set_source("uffd_selftests.native._native", "\n".join([*includes, ""]))
     return ffi
 
 

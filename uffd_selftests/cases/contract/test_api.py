@@ -140,7 +140,7 @@ def test_api_version() -> None:
                 expect_uninitialized(uffd)
 
 
-@uffd_case("api-unknown-features", rows=("API-03",))
+@uffd_case("api-unknown-features", rows=("API-03",), bugs=(28,))
 def test_api_unknown_features() -> None:
     """UFFDIO_API refuses each feature that it does not offer, alone or among good ones, and zeroes the struct."""
     good = permitted()
@@ -510,7 +510,15 @@ def expect_too_late(uffd: Uffd, late: Waiter, struct: int) -> None:
         expect(peek(struct, STRUCT), bytes(STRUCT), "the struct of the later UFFDIO_API")
 
 
-@uffd_case("api-overtaken-reading", mem=(ANON,), pages=1, needs=("kernel_faults",), rows=("API-15",), kind=Kind.DETAIL)
+@uffd_case(
+    "api-overtaken-reading",
+    mem=(ANON,),
+    pages=1,
+    needs=("kernel_faults",),
+    rows=("API-15",),
+    bugs=(27,),
+    kind=Kind.DETAIL,
+)
 def test_api_overtaken_reading(ctx: Context) -> None:
     """A UFFDIO_API that is overtaken while it reads its argument is refused."""
     struct = ctx.dst.start
@@ -523,7 +531,15 @@ def test_api_overtaken_reading(ctx: Context) -> None:
             expect_too_late(uffd, late, struct)
 
 
-@uffd_case("api-overtaken-writing", mem=(ANON,), pages=1, needs=("kernel_faults",), rows=("API-15",), kind=Kind.DETAIL)
+@uffd_case(
+    "api-overtaken-writing",
+    mem=(ANON,),
+    pages=1,
+    needs=("kernel_faults",),
+    rows=("API-15",),
+    bugs=(27,),
+    kind=Kind.DETAIL,
+)
 def test_api_overtaken_writing(ctx: Context) -> None:
     """A UFFDIO_API that is overtaken while it writes its answer is refused, and the answer taken back."""
     struct = ctx.dst.start
@@ -543,7 +559,7 @@ ROUNDS = 100
 
 
 @uffd_case(
-    "api-race", mem=(ANON,), pages=1, needs=("kernel_faults",), rows=("API-15",), kind=Kind.DETAIL, smp=True
+    "api-race", mem=(ANON,), pages=1, needs=("kernel_faults",), rows=("API-15",), bugs=(27,), kind=Kind.DETAIL, smp=True
 )
 def test_api_race(ctx: Context) -> None:
     """Of two UFFDIO_API at a time one is taken, with its features, and the other refused."""

@@ -123,7 +123,7 @@ def test_async_kernel(ctx: Context) -> None:
     os.close(writer)
 
 
-@uffd_case("async-dontneed", mem=ALL, features=ASYNC, needs=SCAN, pages=3, rows=("AS-11",))
+@uffd_case("async-dontneed", mem=ALL, features=ASYNC, needs=SCAN, pages=3, rows=("AS-11",), bugs=(36,))
 def test_async_dontneed(ctx: Context) -> None:
     """MADV_DONTNEED of anonymous memory counts as a write; other memory stays protected by it."""
     area = tracked(ctx)
@@ -136,7 +136,13 @@ def test_async_dontneed(ctx: Context) -> None:
 
 
 @uffd_case(
-    "async-swap", mem=(ANON, SHMEM_PRIVATE), features=ASYNC, needs=("swap", *SCAN), pages=4, rows=("AS-01", "AS-04")
+    "async-swap",
+    mem=(ANON, SHMEM_PRIVATE),
+    features=ASYNC,
+    needs=("swap", *SCAN),
+    pages=4,
+    rows=("AS-01", "AS-04"),
+    bugs=(33,),
 )
 def test_async_swap(ctx: Context) -> None:
     """Swapped-out pages keep their state, are protected again there, and hold their data afterwards."""
@@ -288,7 +294,14 @@ def test_async_scan(ctx: Context) -> None:
 
 
 @uffd_case(
-    "async-scan-holes", mem=(ANON, SHMEM), features=ASYNC, needs=SCAN, pages=1, rows=("AS-03",), kind=Kind.DETAIL
+    "async-scan-holes",
+    mem=(ANON, SHMEM),
+    features=ASYNC,
+    needs=SCAN,
+    pages=1,
+    rows=("AS-03",),
+    bugs=(36,),
+    kind=Kind.DETAIL,
 )
 def test_async_scan_holes(ctx: Context) -> None:
     """A page that is not there and not protected counts as written, with a page table or without, and is protected."""

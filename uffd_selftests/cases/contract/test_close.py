@@ -465,7 +465,7 @@ def close_protected(ctx: Context) -> None:
         undisturbed(again, partial(touch, ctx.dst.range, ctx.page_size, write=True))
 
 
-@uffd_case("close-wp-marks", mem=ALL, features=WRITEPROTECT, pages=3, rows=("CL-10",))
+@uffd_case("close-wp-marks", mem=ALL, features=WRITEPROTECT, pages=3, rows=("CL-10",), bugs=(23,))
 def test_close_wp_marks(ctx: Context) -> None:
     """The last close takes the protection off pages, and off places that were protected while empty."""
     ctx.dst.fill(0, 1)
@@ -485,6 +485,7 @@ def test_close_wp_marks(ctx: Context) -> None:
     features=WRITEPROTECT | Feature.WP_UNPOPULATED,
     pages=2,
     rows=("CL-10",),
+    bugs=(23,),
 )
 def test_close_wp_unpopulated(ctx: Context) -> None:
     """The last close takes the protection off places of anonymous memory that were protected while empty."""
@@ -494,7 +495,9 @@ def test_close_wp_unpopulated(ctx: Context) -> None:
     close_protected(ctx)
 
 
-@uffd_case("close-wp-swapped", mem=(ANON,), features=WRITEPROTECT, needs=("swap",), pages=2, rows=("CL-10",))
+@uffd_case(
+    "close-wp-swapped", mem=(ANON,), features=WRITEPROTECT, needs=("swap",), pages=2, rows=("CL-10",), bugs=(23,)
+)
 def test_close_wp_swapped(ctx: Context) -> None:
     """The last close takes the protection off pages that are swapped out."""
     ctx.dst.fill()
@@ -506,7 +509,7 @@ def test_close_wp_swapped(ctx: Context) -> None:
     ctx.dst.expect_pattern(ctx.dst.range)
 
 
-@uffd_case("close-wp-thp", mem=(ANON,), features=WRITEPROTECT, needs=("thp",), pages=1, rows=("CL-10",))
+@uffd_case("close-wp-thp", mem=(ANON,), features=WRITEPROTECT, needs=("thp",), pages=1, rows=("CL-10",), bugs=(23,))
 def test_close_wp_thp(ctx: Context) -> None:
     """The last close takes the protection off a transparent huge page."""
     area = huge_area(ctx)

@@ -149,7 +149,7 @@ def test_continue_dontwake(ctx: Context) -> None:
     ctx.uffd.expect_no_message()
 
 
-@uffd_case("continue-eexist", mem=FILE_BACKED, features=MINOR_FAULTS, pages=3, rows=("CT-04",))
+@uffd_case("continue-eexist", mem=FILE_BACKED, features=MINOR_FAULTS, pages=3, rows=("CT-04",), bugs=(13,))
 def test_continue_eexist(ctx: Context) -> None:
     """UFFDIO_CONTINUE refuses a page that is mapped already, be it from the page cache or a private copy."""
     with ctx.dst.file_view() as where:
@@ -551,7 +551,13 @@ def test_continue_beyond_eof(ctx: Context) -> None:
 
 
 @uffd_case(
-    "continue-beyond-eof-refused", mem=FILE_BACKED, features=MINOR_FAULTS, pages=2, rows=("CT-08",), kind=Kind.DETAIL
+    "continue-beyond-eof-refused",
+    mem=FILE_BACKED,
+    features=MINOR_FAULTS,
+    pages=2,
+    rows=("CT-08",),
+    bugs=(13, 16),
+    kind=Kind.DETAIL,
 )
 def test_continue_beyond_eof_refused(ctx: Context) -> None:
     """UFFDIO_CONTINUE beyond the end of the file is refused in any case, with EFAULT or, of shmem, EINVAL."""

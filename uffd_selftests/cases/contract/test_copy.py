@@ -75,7 +75,7 @@ def prepare(ctx: Context, mode: RegisterMode = MISSING) -> None:
 # ---- what it does --------------------------------------------------------------------------------------------------
 
 
-@uffd_case("copy-pages", mem=ALL, pages=4, rows=("CP-01", "CP-27"))
+@uffd_case("copy-pages", mem=ALL, pages=4, rows=("CP-01", "CP-27"), bugs=(47,))
 def test_copy_pages(ctx: Context) -> None:
     """UFFDIO_COPY fills its pages with the bytes of the source and wakes the threads that wait there, no others."""
     prepare(ctx)
@@ -506,6 +506,7 @@ def copied_after_event(uffd: Uffd, dst: int, src: int, length: int) -> Callable[
     features=Feature.EVENT_REMOVE | Feature.EVENT_UNMAP | Feature.EVENT_REMAP,
     pages=2,
     rows=("CP-14", "CP-15"),
+    bugs=(8,),
 )
 def test_copy_during_event(ctx: Context) -> None:
     """UFFDIO_COPY says EAGAIN while an event of its handle waits to be read; afterwards a repetition succeeds."""

@@ -188,7 +188,9 @@ def test_copy_soft_dirty(ctx: Context) -> None:
     expect(marks, [False, True], "soft-dirty bits of an old page and of the copied one")
 
 
-@uffd_case("copy-beyond-file", mem=(SHMEM, SHMEM_PRIVATE, HUGETLB), pages=4, rows=("CP-24",), kind=Kind.DETAIL)
+@uffd_case(
+    "copy-beyond-file", mem=(SHMEM, SHMEM_PRIVATE, HUGETLB), pages=4, rows=("CP-24",), bugs=(16,), kind=Kind.DETAIL
+)
 def test_copy_beyond_file(ctx: Context) -> None:
     """A copy reaches as far as the file, its last page begun included; beyond, nothing is stored and nothing mapped."""
     ctx.src.fill()
@@ -263,6 +265,7 @@ def test_copy_hugetlb_source(ctx: Context) -> None:
     pages=1,
     spare_hugepages=2,
     rows=("CP-27", "CP-07"),
+    bugs=(11,),
     kind=Kind.DETAIL,
 )
 def test_copy_hugetlb_gives_back(ctx: Context) -> None:
@@ -410,7 +413,15 @@ def test_copy_onto_swapped(ctx: Context) -> None:
     undisturbed(ctx.uffd, lambda: ctx.dst.expect_pattern_of(ctx.src))
 
 
-@uffd_case("copy-then-swapped", mem=NOT_HUGETLB, needs=("swap",), pages=2, rows=("CP-20", "CP-19"), kind=Kind.DETAIL)
+@uffd_case(
+    "copy-then-swapped",
+    mem=NOT_HUGETLB,
+    needs=("swap",),
+    pages=2,
+    rows=("CP-20", "CP-19"),
+    bugs=(17,),
+    kind=Kind.DETAIL,
+)
 def test_copy_then_swapped(ctx: Context) -> None:
     """A page copied into a mapping that cannot be written counts as changed: it survives being swapped out."""
     ctx.src.fill()
@@ -478,7 +489,7 @@ def expect_guarded(where: Range) -> None:
     expect(trap and trap.signo, SIGSEGV, "the signal of an access to the guard page")
 
 
-@uffd_case("copy-onto-guard", mem=NOT_HUGETLB, pages=2, rows=("CP-48",), defect=GUARD_OVERWRITTEN)
+@uffd_case("copy-onto-guard", mem=NOT_HUGETLB, pages=2, rows=("CP-48",), bugs=(50,), defect=GUARD_OVERWRITTEN)
 def test_copy_onto_guard(ctx: Context) -> None:
     """A guard page holds against UFFDIO_COPY: EEXIST."""
     page = ctx.dst.page(0)

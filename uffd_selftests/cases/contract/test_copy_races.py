@@ -299,6 +299,7 @@ def replacement(mem: MemType, length: int) -> tuple[int, int]:
     pages=1,
     spare_hugepages=1,
     rows=("CP-34",),
+    bugs=(45,),
     kind=Kind.DETAIL,
 )
 def test_copy_overtaken_by_another_mapping(ctx: Context) -> None:
@@ -361,6 +362,7 @@ def test_copy_overtaken_by_larger_pages(ctx: Context) -> None:
     needs=("kernel_faults", "cap_sys_admin"),
     pages=2,
     rows=("CP-25", "CP-32"),
+    bugs=(14,),
     kind=Kind.DETAIL,
 )
 def test_copy_overtaken_by_full_tmpfs(ctx: Context) -> None:

@@ -244,6 +244,7 @@ FILLS = {
     features=REMOVE,
     pages=2,
     rows=("EV-04", "CP-14", "ZP-14", "CT-22", "PO-17", "MV-26"),
+    bugs=(6,),
 )
 def test_event_output_field(ctx: Context, variant: str) -> None:
     """The output field of a fill that an unread event holds up says EAGAIN, too; one that cannot be written: EFAULT.

@@ -524,7 +524,7 @@ def expect_harmless(ctx: Context, uffd: Uffd, messages: list[type], children: li
             stale.copy(ctx.dst.start, ctx.src.start, ctx.page_size)
 
 
-@uffd_case("fork-fails", mem=(ANON,), features=FORK, pages=1, rows=("EV-40",))
+@uffd_case("fork-fails", mem=(ANON,), features=FORK, pages=1, rows=("EV-40",), bugs=(18,))
 def test_fork_fails(ctx: Context) -> None:
     """A fork that fails while it copies the memory sends no message, or one whose handle is dead; fills go on."""
 
@@ -542,7 +542,9 @@ def test_fork_fails(ctx: Context) -> None:
     failing_fork(ctx, exhaust_memory)
 
 
-@uffd_case("fork-fails-late", mem=(ANON,), features=FORK, needs=("cap_sys_admin",), pages=1, rows=("EV-40",))
+@uffd_case(
+    "fork-fails-late", mem=(ANON,), features=FORK, needs=("cap_sys_admin",), pages=1, rows=("EV-40",), bugs=(18,)
+)
 def test_fork_fails_late(ctx: Context) -> None:
     """A fork that fails after it has copied the memory sends no message, or one whose handle is dead; fills go on."""
 

@@ -271,7 +271,7 @@ def expect_segv(waiter: Waiter, address: int, code: int, what: str) -> None:
     expect(waiter.result(), Trap(signal.SIGSEGV, code, address, 0), f"signal that ends the access after {what}")
 
 
-@uffd_case("faults-unmapped", mem=ALL, pages=2, rows=("FL-18",), kind=Kind.DETAIL)
+@uffd_case("faults-unmapped", mem=ALL, pages=2, rows=("FL-18",), bugs=(25,), kind=Kind.DETAIL)
 def test_faults_unmapped(ctx: Context) -> None:
     """A thread asleep in a fault sleeps on when the page is unmapped; woken, it gets SIGSEGV."""
     page = ctx.dst.page(1)

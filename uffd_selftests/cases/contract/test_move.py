@@ -223,7 +223,7 @@ def test_move_protected(ctx: Context) -> None:
     Pagemap.expect_protected(ctx.src, [1], "after UFFDIO_MOVE of page 0")
 
 
-@uffd_case("move-soft-dirty", mem=(ANON,), features=MOVE, pages=2, rows=("MV-01",), kind=Kind.DETAIL)
+@uffd_case("move-soft-dirty", mem=(ANON,), features=MOVE, pages=2, rows=("MV-01",), bugs=(43,), kind=Kind.DETAIL)
 def test_move_soft_dirty(ctx: Context) -> None:
     """A page that has moved counts as written since the soft-dirty bits were cleared."""
     prepare(ctx)
@@ -272,7 +272,7 @@ def test_move_holes_among_pages(ctx: Context) -> None:
         ctx.uffd.zeropage(ctx.dst.page(3))
 
 
-@uffd_case("move-nothing", mem=(ANON,), features=MOVE, pages=1, rows=("MV-28",), kind=Kind.DETAIL)
+@uffd_case("move-nothing", mem=(ANON,), features=MOVE, pages=1, rows=("MV-28",), bugs=(39,), kind=Kind.DETAIL)
 def test_move_nothing(ctx: Context) -> None:
     """Megabytes of nothing, without any page table, are a hole too; few pages in the midst of them move."""
     length = 4 * (pmd_size() or 1 << 21)
@@ -366,7 +366,7 @@ def test_move_dontfork(ctx: Context) -> None:
         child.send()
 
 
-@uffd_case("move-pinned", mem=(ANON,), features=MOVE, pages=2, rows=("MV-14",))
+@uffd_case("move-pinned", mem=(ANON,), features=MOVE, pages=2, rows=("MV-14",), bugs=(37,))
 def test_move_pinned(ctx: Context) -> None:
     """A page that a device may write to (a long-term pin) cannot be moved until it is unpinned."""
     prepare(ctx)
@@ -679,7 +679,7 @@ def test_move_other_process(ctx: Context) -> None:
     expect_moved(ctx)
 
 
-@uffd_case("move-unread-event", mem=(ANON,), features=MOVE | Feature.EVENT_REMOVE, pages=2, rows=("MV-26",))
+@uffd_case("move-unread-event", mem=(ANON,), features=MOVE | Feature.EVENT_REMOVE, pages=2, rows=("MV-26",), bugs=(7,))
 def test_move_unread_event(ctx: Context) -> None:
     """Until an event is read UFFDIO_MOVE says EAGAIN, before it looks at anything else, and moves nothing."""
     prepare(ctx)

@@ -225,7 +225,7 @@ def test_poison_local(ctx: Context) -> None:
 # ---- what becomes of it --------------------------------------------------------------------------------------------
 
 
-@uffd_case("poison-dropped", mem=ALL, features=Feature.POISON, pages=2, rows=("PO-10",), kind=Kind.DETAIL)
+@uffd_case("poison-dropped", mem=ALL, features=Feature.POISON, pages=2, rows=("PO-10",), bugs=(49,), kind=Kind.DETAIL)
 def test_poison_dropped(ctx: Context) -> None:
     """MADV_DONTNEED takes the poison away: the page is missing again."""
     ctx.src.fill()
@@ -249,7 +249,7 @@ def test_poison_freed(ctx: Context) -> None:
     expect_sigbus(ctx.uffd, ctx.dst.page(1).start)
 
 
-@uffd_case("poison-fork", mem=PRIVATE, features=Feature.POISON, pages=2, rows=("PO-11",), kind=Kind.DETAIL)
+@uffd_case("poison-fork", mem=PRIVATE, features=Feature.POISON, pages=2, rows=("PO-11",), bugs=(49,), kind=Kind.DETAIL)
 def test_poison_fork(ctx: Context) -> None:
     """A child forked without UFFD_FEATURE_EVENT_FORK inherits the poison of private memory; the parent keeps it."""
     start = ctx.dst.start
@@ -265,7 +265,7 @@ def test_poison_fork(ctx: Context) -> None:
     expect_sigbus(ctx.uffd, start)
 
 
-@uffd_case("poison-mremap", mem=ALL, features=Feature.POISON, pages=2, rows=("PO-12",), kind=Kind.DETAIL)
+@uffd_case("poison-mremap", mem=ALL, features=Feature.POISON, pages=2, rows=("PO-12",), bugs=(49,), kind=Kind.DETAIL)
 def test_poison_mremap(ctx: Context) -> None:
     """Poison moves with its page in mremap(2)."""
     ctx.uffd.register(ctx.dst.range, MISSING)

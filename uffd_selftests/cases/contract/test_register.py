@@ -407,7 +407,7 @@ def test_register_vdso() -> None:
         expect_vdso_refused(uffd, MISSING, WP, MINOR, MISSING | WP)
 
 
-@uffd_case("register-vdso-async", features=Feature.WP_ASYNC, rows=("REG-11",), kind=Kind.DETAIL)
+@uffd_case("register-vdso-async", features=Feature.WP_ASYNC, rows=("REG-11",), bugs=(4,), kind=Kind.DETAIL)
 def test_register_vdso_async() -> None:
     """They are refused with UFFD_FEATURE_WP_ASYNC too; a kernel that takes them lacks the fix of CVE-2026-68166."""
     with Uffd.open(Feature.WP_ASYNC) as uffd:
@@ -420,6 +420,7 @@ def test_register_vdso_async() -> None:
     features=WRITEPROTECT,
     pages=1,
     rows=("REG-13",),
+    bugs=(15,),
     kind=Kind.DETAIL,
 )
 def test_register_read_only_file(ctx: Context) -> None:
@@ -960,7 +961,7 @@ ENOUGH = 0.05
 """Seconds on the processor that no single write takes."""
 
 
-@uffd_case("register-drops-wp", mem=ALL, features=WRITEPROTECT, pages=1, rows=("REG-28",), defect=STALE_WP)
+@uffd_case("register-drops-wp", mem=ALL, features=WRITEPROTECT, pages=1, rows=("REG-28",), bugs=(3,), defect=STALE_WP)
 def test_register_drops_wp(ctx: Context) -> None:
     """When a range is registered without WP, the protection of its pages goes; or the kernel refuses to."""
     if drop_wp(ctx):
@@ -973,6 +974,7 @@ def test_register_drops_wp(ctx: Context) -> None:
     features=WRITEPROTECT,
     pages=1,
     rows=("REG-28",),
+    bugs=(3,),
     defect=STALE_WP,
 )
 def test_register_dropped_wp_hugetlb(ctx: Context) -> None:
@@ -994,6 +996,7 @@ def test_register_dropped_wp_hugetlb(ctx: Context) -> None:
     features=WRITEPROTECT,
     pages=1,
     rows=("REG-28",),
+    bugs=(3,),
     kind=Kind.DETAIL,
 )
 def test_register_dropped_wp_writable(ctx: Context) -> None:
@@ -1006,7 +1009,7 @@ def test_register_dropped_wp_writable(ctx: Context) -> None:
 # ---- what is left of the mappings ----------------------------------------------------------------------------------
 
 
-@uffd_case("register-part", mem=ALL, pages=4, rows=("REG-36",))
+@uffd_case("register-part", mem=ALL, pages=4, rows=("REG-36",), bugs=(48,))
 def test_register_part(ctx: Context) -> None:
     """Registering a part of a mapping affects exactly that part."""
     ctx.src.fill()

@@ -196,7 +196,7 @@ def test_unregister_every_mode(ctx: Context) -> None:
             other.register(ctx.dst.range, MISSING)
 
 
-@uffd_case("unregister-part", mem=ALL, pages=5, rows=("UNR-08",))
+@uffd_case("unregister-part", mem=ALL, pages=5, rows=("UNR-08",), bugs=(48,))
 def test_unregister_part(ctx: Context) -> None:
     """Unregistering a part, in the middle, at the start or at the end, affects exactly that part."""
     ctx.uffd.register(ctx.dst.range, MISSING)

@@ -643,7 +643,9 @@ def test_writeprotect_punch(ctx: Context) -> None:
         ctx.uffd.unprotect(area.range)
 
 
-@uffd_case("writeprotect-mprotect", mem=ALL, features=WRITEPROTECT, pages=2, rows=("WP-20",), kind=Kind.DETAIL)
+@uffd_case(
+    "writeprotect-mprotect", mem=ALL, features=WRITEPROTECT, pages=2, rows=("WP-20",), bugs=(32,), kind=Kind.DETAIL
+)
 def test_writeprotect_mprotect(ctx: Context) -> None:
     """mprotect(2) comes first, with SIGSEGV and no message, and leaves the protection underneath as it was."""
     area = filled(ctx)
@@ -682,7 +684,7 @@ def test_writeprotect_mprotect_meanwhile(ctx: Context) -> None:
     area.expect_pattern_of(area)
 
 
-@uffd_case("writeprotect-mremap", mem=ALL, features=WRITEPROTECT, pages=3, rows=("WP-27",), kind=Kind.DETAIL)
+@uffd_case("writeprotect-mremap", mem=ALL, features=WRITEPROTECT, pages=3, rows=("WP-27",), bugs=(1,), kind=Kind.DETAIL)
 def test_writeprotect_mremap(ctx: Context) -> None:
     """Without UFFD_FEATURE_EVENT_REMAP what mremap(2) moves is neither protected nor registered any more."""
     area, moved = ctx.dst, ctx.allocate()
@@ -739,6 +741,7 @@ def test_writeprotect_mremap_event(ctx: Context) -> None:
     needs=("thp",),
     pages=1,
     rows=("WP-27",),
+    bugs=(1,),
     kind=Kind.DETAIL,
 )
 def test_writeprotect_mremap_tables(ctx: Context) -> None:
@@ -843,6 +846,7 @@ def test_writeprotect_swap(ctx: Context) -> None:
     needs=("cap_sys_admin",),
     pages=2,
     rows=("WP-07", "WP-08"),
+    bugs=(32,),
     kind=Kind.DETAIL,
 )
 def test_writeprotect_migrated(ctx: Context) -> None:
@@ -917,6 +921,7 @@ def test_writeprotect_fork(ctx: Context) -> None:
     pages=2,
     spare_hugepages=4,
     rows=("WP-18",),
+    bugs=(20,),
 )
 def test_writeprotect_fork_missing(ctx: Context) -> None:
     """Without UFFD_FEATURE_EVENT_FORK a child writes freely to pages that its parent protected while missing."""
@@ -1157,6 +1162,7 @@ def test_writeprotect_thp_fork_event(ctx: Context) -> None:
     needs=("thp",),
     pages=1,
     rows=("WP-26",),
+    bugs=(30,),
     kind=Kind.DETAIL,
 )
 def test_writeprotect_collapse(ctx: Context) -> None:

@@ -364,7 +364,7 @@ def test_zeropage_private_file(ctx: Context) -> None:
     expect(stored_bytes(fd), PAGE_SIZE, "bytes stored in the file")
 
 
-@uffd_case("zeropage-beyond-file", mem=(SHMEM, SHMEM_PRIVATE), pages=4, rows=("ZP-08",), kind=Kind.DETAIL)
+@uffd_case("zeropage-beyond-file", mem=(SHMEM, SHMEM_PRIVATE), pages=4, rows=("ZP-08",), bugs=(16,), kind=Kind.DETAIL)
 def test_zeropage_beyond_file(ctx: Context) -> None:
     """Zeroes reach as far as the file, its last page begun included; beyond, nothing is stored and nothing mapped."""
     fd = file_of(ctx)
@@ -493,7 +493,7 @@ def test_zeropage_poisoned(ctx: Context) -> None:
     expect(trap and trap.signo, SIGBUS, "the signal of an access")
 
 
-@uffd_case("zeropage-onto-guard", mem=NOT_HUGETLB, pages=1, rows=("ZP-12", "CP-48"), kind=Kind.DETAIL)
+@uffd_case("zeropage-onto-guard", mem=NOT_HUGETLB, pages=1, rows=("ZP-12", "CP-48"), bugs=(50,), kind=Kind.DETAIL)
 def test_zeropage_onto_guard(ctx: Context) -> None:
     """A guard page holds against UFFDIO_ZEROPAGE, EEXIST; in shared memory older kernels overwrite it."""
     try:

@@ -570,7 +570,13 @@ def test_pagemap_zeropfn(ctx: Context) -> None:
 
 
 @uffd_case(
-    "pagemap-unpopulated-thp", mem=(ANON,), features=ASYNC, needs=("thp", *SCAN), pages=1, rows=("AS-03", "AS-11")
+    "pagemap-unpopulated-thp",
+    mem=(ANON,),
+    features=ASYNC,
+    needs=("thp", *SCAN),
+    pages=1,
+    rows=("AS-03", "AS-11"),
+    bugs=(36,),
 )
 def test_pagemap_unpopulated_thp(ctx: Context) -> None:
     """A transparent huge page that MADV_DONTNEED has dropped counts as written, whichever way a scan looks for it."""

@@ -73,6 +73,7 @@ def protect_all(ctx: Context, area: Area) -> None:
     needs=("swap", "pagemap"),
     pages=3,
     rows=("WP-27",),
+    bugs=(1,),
     kind=Kind.DETAIL,
 )
 def test_wp_mremap_swapped(ctx: Context) -> None:
@@ -165,6 +166,7 @@ def one_folio(ctx: Context, variant: str) -> Area:
     needs=("thp", "pagemap"),
     pages=1,
     rows=("WP-27",),
+    bugs=(1,),
     kind=Kind.DETAIL,
 )
 def test_wp_mremap_thp(ctx: Context, variant: str) -> None:
@@ -182,6 +184,7 @@ def test_wp_mremap_thp(ctx: Context, variant: str) -> None:
     needs=("thp", "pagemap"),
     pages=1,
     rows=("WP-27",),
+    bugs=(1,),
     kind=Kind.DETAIL,
 )
 def test_wp_mremap_thp_shared(ctx: Context, variant: str) -> None:
@@ -199,6 +202,7 @@ def test_wp_mremap_thp_shared(ctx: Context, variant: str) -> None:
     needs=("thp", "swap", "pagemap"),
     pages=1,
     rows=("WP-27",),
+    bugs=(1,),
     kind=Kind.DETAIL,
 )
 def test_wp_mremap_thp_swapped(ctx: Context, variant: str) -> None:
@@ -217,6 +221,7 @@ def test_wp_mremap_thp_swapped(ctx: Context, variant: str) -> None:
     needs=("thp", "swap", "pagemap"),
     pages=1,
     rows=("WP-27",),
+    bugs=(1,),
     kind=Kind.DETAIL,
 )
 def test_wp_mremap_thp_shared_swapped(ctx: Context, variant: str) -> None:
@@ -250,6 +255,7 @@ def protected_in(where: Range) -> int:
     features=WRITEPROTECT,
     needs=("hugetlb", "pagemap"),
     rows=("WP-27",),
+    bugs=(1,),
     kind=Kind.DETAIL,
 )
 def test_wp_mremap_hugetlb(variant: str) -> None:

@@ -20,6 +20,7 @@ from uffd_selftests.uapi import Feature
     features=Feature.EVENT_REMOVE | Feature.MOVE | Feature.POISON | Feature.MINOR_SHMEM,
     pages=2,
     rows=("CP-14", "ZP-14", "CT-22", "PO-17", "MV-26", "EV-04"),
+    bugs=(6, 7),
 )
 def test_mmap_changing(ctx: Context) -> None:
     """Until a pending event is read every fill ioctl says EAGAIN, in errno and in its output field."""

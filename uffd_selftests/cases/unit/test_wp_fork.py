@@ -68,14 +68,19 @@ def wp_fork_pin(ctx: Context) -> None:
     expect_in_child(ctx, "in the child, of a page pinned there", pin=True)
 
 
-@uffd_case("wp-fork", mem=ALL, features=WRITEPROTECT, pages=2, rows=("WP-15", "WP-18", "WP-23"))
+@uffd_case("wp-fork", mem=ALL, features=WRITEPROTECT, pages=2, rows=("WP-15", "WP-18", "WP-23"), bugs=(20, 21))
 def test_wp_fork(ctx: Context) -> None:
     """Write protection does not reach a child forked without UFFD_FEATURE_EVENT_FORK."""
     wp_fork(ctx)
 
 
 @uffd_case(
-    "wp-fork-with-event", mem=ALL, features=WRITEPROTECT | Feature.EVENT_FORK, pages=2, rows=("WP-15", "WP-19", "WP-23")
+    "wp-fork-with-event",
+    mem=ALL,
+    features=WRITEPROTECT | Feature.EVENT_FORK,
+    pages=2,
+    rows=("WP-15", "WP-19", "WP-23"),
+    bugs=(21,),
 )
 def test_wp_fork_with_event(ctx: Context) -> None:
     """Write protection is inherited by a child forked with UFFD_FEATURE_EVENT_FORK."""
@@ -83,7 +88,14 @@ def test_wp_fork_with_event(ctx: Context) -> None:
 
 
 @uffd_case(
-    "wp-fork-pin", mem=ALL, features=WRITEPROTECT, needs=("gup_test",), pages=2, spare_hugepages=2, rows=("WP-35",)
+    "wp-fork-pin",
+    mem=ALL,
+    features=WRITEPROTECT,
+    needs=("gup_test",),
+    pages=2,
+    spare_hugepages=2,
+    rows=("WP-35",),
+    bugs=(21,),
 )
 def test_wp_fork_pin(ctx: Context) -> None:
     """Write protection of a pinned page does not reach a child forked without UFFD_FEATURE_EVENT_FORK."""
@@ -98,6 +110,7 @@ def test_wp_fork_pin(ctx: Context) -> None:
     pages=2,
     spare_hugepages=2,
     rows=("WP-35",),
+    bugs=(21,),
 )
 def test_wp_fork_pin_with_event(ctx: Context) -> None:
     """Write protection of a pinned page is inherited by a child forked with UFFD_FEATURE_EVENT_FORK."""
