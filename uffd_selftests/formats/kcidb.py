@@ -38,7 +38,7 @@ PRIORITY = ("FAIL", "ERROR", "MISS", "PASS", "SKIP")
 NEVER_RAN = "never ran"
 """How the reason of a result begins that the end of a kernel or of the run made impossible."""
 PANIC = "kernel panic"
-"""How the reason begins when a case was the end of the kernel."""
+"""How the reason begins when a case, or already its boot, was the end of the kernel."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _status(result: Result) -> str:
 def _run_status(run: Run) -> str:
     found = {_status(result) for result in run.results.values()}
     if run.interrupted or run.missing or not found:
-        found.add("ERROR")
+        found.add("FAIL" if run.interrupted.startswith(PANIC) else "ERROR")
     return next(status for status in PRIORITY if status in found)
 
 
