@@ -126,6 +126,13 @@ def test_junit_hostile(folder: Folder) -> None:
     assert told(case)[2] == "a\ufffdb\ufffd[31m</pre> & <b>|`_\ufffd\n\nnext"
 
 
+def test_junit_of_a_dead_kernel(folder: Folder) -> None:
+    """A kernel of which only its end is known fails."""
+    root = junit(folder, folder.document("7.1", planned=9, interrupted="kernel panic: Unable to mount root fs"))
+    message = "kernel panic: Unable to mount root fs: 9 of 9 results never came"
+    assert told(next(root.iter("testcase"))) == ("error", message, message)
+
+
 def test_junit_of_a_run(cli: Starter, suite: SuiteWriter) -> None:
     """A run with -o writes it."""
     run = cli.run("--", suite.write("def test_bad():\n    assert 1 == 2\n"))

@@ -50,9 +50,9 @@ def _suite(run: Run, *, alone: bool) -> ET.Element:
     """Return one run. GitLab drops a second result of the same class and name, so one of several runs names itself."""
     prefix = "" if alone else f"{run.label}."
     cases = [_case(result, prefix) for result in run.results.values()]
-    if unfinished := _unfinished(run):
+    if run.unfinished:
         cases.append(_element("testcase", {"classname": prefix + SUITE, "name": "run", "time": "0"}))
-        cases[-1].append(_element("error", {"type": "error", "message": unfinished}, unfinished))
+        cases[-1].append(_element("error", {"type": "error", "message": run.unfinished}, run.unfinished))
     suite = _element("testsuite", {"name": run.label})
     for name, tag in (("tests", ""), ("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
         suite.set(name, str(sum(not tag or case.find(tag) is not None for case in cases)))
@@ -101,14 +101,6 @@ def _message(result: Result) -> str:
     told = [line for line in result.diagnostics if not line.startswith(PROMISE)]
     why = f"{result.outcome.upper()} {result.reason}" if result.reason else (told[0] if told else result.outcome)
     return f"{why} ({PROMISE}{result.promise})" if result.promise else why
-
-
-def _unfinished(run: Run) -> str:
-    """Return why results are missing, if any are."""
-    if not run.interrupted and not run.missing:
-        return ""
-    lacking = f"{run.missing} of {run.planned} results never came" if run.missing else ""
-    return ": ".join(each for each in (run.interrupted, lacking) if each)
 
 
 def _element(tag: str, attributes: dict[str, str], text: str = "") -> ET.Element:

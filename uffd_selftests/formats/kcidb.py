@@ -72,7 +72,7 @@ class Submission:
             "id": run_id,
             "path": names.ROOT,
             "status": _run_status(run),
-            "comment": _clean(run.interrupted or f"userfaultfd conformance suite: {_counts(run)}"),
+            "comment": _clean(run.unfinished or f"userfaultfd conformance suite: {_counts(run)}"),
             "duration": run.seconds,
             **({"start_time": run.started} if run.started else {}),
         }
@@ -136,7 +136,7 @@ def _status(result: Result) -> str:
 
 def _run_status(run: Run) -> str:
     found = {_status(result) for result in run.results.values()}
-    if run.interrupted or run.missing or not found:
+    if run.unfinished or not found:
         found.add("FAIL" if run.interrupted.startswith(PANIC) else "ERROR")
     return next(status for status in PRIORITY if status in found)
 
@@ -153,4 +153,5 @@ def _environment(run: Run) -> dict[str, Any]:
 
 
 def _clean(text: str) -> str:
-    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
+    """Return text that a database takes."""
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()

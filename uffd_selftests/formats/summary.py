@@ -41,7 +41,7 @@ def _verdict(runs: Sequence[Run]) -> str:
     broken = sum(run.totals[each] for run in runs for each in BROKEN)
     if broken:
         return f"{broken} broken {'promise' if broken == 1 else 'promises'}"
-    if any(run.interrupted or run.missing for run in runs):
+    if any(run.unfinished for run in runs):
         return "the run is not whole"
     if all(set(run.totals) <= {"skip"} for run in runs):
         return "nothing could be tested"
@@ -49,10 +49,8 @@ def _verdict(runs: Sequence[Run]) -> str:
 
 
 def _run(run: Run) -> Iterator[str]:
-    if run.interrupted or run.missing:
-        yield ""
-        lacking = f"{run.missing} of {run.planned} results never came" if run.missing else ""
-        yield f"**{_text(run.label)}**: {_text(': '.join(filter(None, [run.interrupted, lacking])))}"
+    if run.unfinished:
+        yield from ("", f"**{_text(run.label)}**: {_text(run.unfinished)}")
     broken = [result for result in run.results.values() if result.broken]
     if broken:
         yield from ("", f"#### {_text(run.label)}: broken promises", "")

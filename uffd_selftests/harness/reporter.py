@@ -144,20 +144,19 @@ class Reporter:
         for name, content in documents.items():
             text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
             try:
-                (self._folder / name).write_text(text)
+                (self._folder / name).write_text(text, "utf-8", "surrogateescape")
             except OSError:
                 (self._folder / name).unlink(missing_ok=True)
                 raise
 
     def write_junit(self) -> None:
-        """Write junit.xml from results.json; raises OSError."""
-        if not self._folder:
-            return
-        from uffd_selftests.formats import junit  # noqa: PLC0415  # few runs want it
-        from uffd_selftests.report import model  # noqa: PLC0415
+        """Write junit.xml from results.json; raises OSError, leaving no half file."""
+        if self._folder:
+            from uffd_selftests.formats import junit  # noqa: PLC0415  # few runs want it
+            from uffd_selftests.report import model  # noqa: PLC0415
 
-        document = junit.document([model.load(self._folder / "results.json")])
-        (self._folder / "junit.xml").write_bytes(document)
+            run = model.load(self._folder / "results.json")
+            self.write_files({"junit.xml": junit.document([run]).decode()})
 
     def write_page(self) -> None:
         """Write report.html from results.json; one that cannot be made is no failure of the run."""
