@@ -80,7 +80,13 @@ class Starter:
     folder: Path
     runs: list[Run] = field(default_factory=list)
 
-    def start(self, *args: str, env: dict[str, str] | None = None, stdout: int = subprocess.PIPE) -> Run:
+    def start(
+        self,
+        *args: str,
+        env: dict[str, str] | None = None,
+        stdout: int = subprocess.PIPE,
+        stderr: int = subprocess.PIPE,
+    ) -> Run:
         """Start ``python -m uffd_selftests`` with these arguments."""
         mark = uuid.uuid4().hex
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("UFFD_", "PYTEST_"))}
@@ -89,7 +95,7 @@ class Starter:
             [sys.executable, "-m", "uffd_selftests", "-o", str(folder), *args],
             stdin=subprocess.DEVNULL,
             stdout=stdout,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             text=True,
             cwd=self.folder,
             preexec_fn=_heed_interrupts,  # noqa: PLW1509  # there are no threads here

@@ -80,6 +80,8 @@ class Case:
     instead of two wake-ups of a sleeping CPU, which takes several times longer."""
     may_hang_kernel: bool = False
     """A kernel with the bug leaves a process that nothing can end: it runs last, and only with --may-hang-kernel."""
+    stress: bool = False
+    """``--stress-mib`` is the size of its areas, and it repeats its work for as long as ``--duration`` says."""
 
     def result_name(self, variant: str | None = None, mem: MemType | None = None) -> str:
         """Return the name of one result: ``name (variant) on mem``."""
@@ -103,6 +105,7 @@ def uffd_case(
     defect: Defect | None = None,
     smp: bool = False,
     may_hang_kernel: bool = False,
+    stress: bool = False,
 ) -> Callable[[F], F]:
     """Declare the decorated function as a case; the fields are those of Case."""
     case = Case(
@@ -121,6 +124,7 @@ def uffd_case(
         defect=defect,
         smp=smp,
         may_hang_kernel=may_hang_kernel,
+        stress=stress,
     )
 
     def declare(function: F) -> F:

@@ -19,7 +19,7 @@ import pytest
 
 from uffd_selftests import __version__
 from uffd_selftests.harness.reporter import FILES
-from uffd_selftests.harness.settings import MAY_HANG_KERNEL, OPTIONS, check_keyword
+from uffd_selftests.harness.settings import MAY_HANG_KERNEL, OPTIONS, STRESS_LOG, check_keyword
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -141,7 +141,7 @@ def _make_ready(folder: Path) -> None:
     """Make a folder for the reports, without those of an earlier run; raises ValueError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
+        for name in (*FILES, STRESS_LOG):
             (folder / name).write_text("")
             (folder / name).unlink()
     except OSError as error:

@@ -972,7 +972,7 @@ def huge_area(ctx: Context, count: int = 1) -> Area:
 # ---- pagemap and pins ----------------------------------------------------------------------------------------------
 
 
-def _runs(pages: Iterable[int]) -> str:
+def page_numbers(pages: Iterable[int]) -> str:
     """Page numbers for a message: 1, 3-511."""
     runs: list[list[int]] = []
     for page in sorted(pages):
@@ -1044,8 +1044,8 @@ class Pagemap:
         if wrong:
             some = {page for page, marks in enumerate(by_page) if any(marks)}
             raise AssertionError(
-                f"{when}: expected PM_UFFD_WP in pagemap on exactly these pages: {_runs(wanted)}, got {_runs(some)}; "
-                f"first wrong page: {wrong[0]}"
+                f"{when}: expected PM_UFFD_WP in pagemap on exactly these pages: {page_numbers(wanted)}, "
+                f"got {page_numbers(some)}; first wrong page: {wrong[0]}"
             )
 
     @staticmethod

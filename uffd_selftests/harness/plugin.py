@@ -46,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Put together what this process needs."""
     config.addinivalue_line("markers", "isolated: run this test in a child process of its own")
     settings = config.stash[SETTINGS] = Settings.of(config)
-    os.environ["UFFD_DEADLINE_SCALE"] = f"{settings.deadline_scale:g}"  # uffd_selftests.common reads it
+    settings.export(progress=settings.progress and config.getoption("dist", "no") == "no" and not _is_worker(config))
     signals = config.stash[SIGNALS] = Signals()
     config.add_cleanup(signals.close)
     if config.option.collectonly:
@@ -56,6 +56,10 @@ def pytest_configure(config: pytest.Config) -> None:
         _be_worker(config, settings, json.loads(workerinput["uffd"]))
     else:
         _be_first(config, settings, signals)
+
+
+def _is_worker(config: pytest.Config) -> bool:
+    return hasattr(config, "workerinput")
 
 
 def _be_worker(config: pytest.Config, settings: Settings, given: dict[str, Any]) -> None:
@@ -161,8 +165,8 @@ def pytest_runtestloop(session: pytest.Session) -> None:
 
 
 def _plan(session: pytest.Session) -> list[Planned]:
-    stash = session.config.stash
-    return [Planned.of(item, stash[SETTINGS].area_bytes, stash.get(FACTS, None)) for item in session.items]
+    settings, facts = session.config.stash[SETTINGS], session.config.stash.get(FACTS, None)
+    return [Planned.of(item, settings.area_bytes_of(declaration(item)[0]), facts) for item in session.items]
 
 
 def _name_clash(plan: list[Planned]) -> str:
@@ -194,7 +198,8 @@ def mem(request: pytest.FixtureRequest) -> MemType:
 @pytest.fixture
 def ctx(request: pytest.FixtureRequest, mem: MemType) -> Iterator[Context]:
     """Source and destination areas of the memory type, and a userfaultfd with the case's features."""
-    with make_context(request.node, request.config.stash[SETTINGS].area_bytes) as context:
+    area_bytes = request.config.stash[SETTINGS].area_bytes_of(declaration(request.node)[0])
+    with make_context(request.node, area_bytes) as context:
         yield context
 
 

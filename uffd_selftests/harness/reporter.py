@@ -13,6 +13,8 @@ dmesg.txt
     What the kernel logged during the run.
 junit.xml
     results.json for CI systems.
+stress.log
+    A line for each bounce of a stress case (in a long run, two a second): result, seed, mode, what each thread did.
 report.html
     results.json as a page for people.
 """

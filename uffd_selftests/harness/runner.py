@@ -84,7 +84,7 @@ class Runner:
         lacking = gating.missing(case, mem, self._facts)
         if case.may_hang_kernel and not self._settings.may_hang_kernel:
             lacking.append(gating.NOT_ASKED_FOR)
-        needed = 0 if lacking else gating.hugepages_needed(case, mem, self._settings.area_bytes)
+        needed = 0 if lacking else gating.hugepages_needed(case, mem, self._settings.area_bytes_of(case))
         with self._turn(needed):
             if needed and (reason := lack_of_hugepages(self._facts.hugepage_size, needed)):
                 lacking = [gating.Missing(gating.HUGEPAGES, reason)]
@@ -132,7 +132,11 @@ class Runner:
 
     def _isolated(self, item: pytest.Item, *, hugepages: bool) -> list[pytest.TestReport]:
         pages = HugepageUse(self._facts.hugepage_size if hugepages and self._health else 0)
-        ending = self._launch(item) if plain.is_plain(item) else self._fork(item)
+        case, _, _ = declaration(item)
+        deadline = self._settings.deadline_of(case)
+        ending = self._launch(item, deadline) if plain.is_plain(item) else self._fork(item, deadline)
+        if case and case.stress and ending.how is not How.DONE:
+            ending.evidence.append(f"again: --stress-seed {self._settings.stress_seed}")
         reports = _reports(item, ending)
         left = [record.line for record in ending.records if isinstance(record, Leak)] + ending.leftovers
         left += pages.lost()
@@ -142,26 +146,26 @@ class Runner:
             _fail_late(item, reports, "the kernel complained", complaints)
         return reports
 
-    def _launch(self, item: pytest.Item) -> Ending:
+    def _launch(self, item: pytest.Item, deadline: float) -> Ending:
         """Run a plain case in a child of a process that does nothing else."""
         if not self._launcher:
             items = {item.nodeid: item for item in item.session.items}
             self._launcher = Launcher(lambda name: lambda send: self._perform(items[name], send), self._guarded)
             if self._isolator:
                 self._isolator.spare(self._launcher.pid)
-        ending = self._launcher.run(item.nodeid, deadline=self._settings.deadline)
+        ending = self._launcher.run(item.nodeid, deadline=deadline)
         if not self._launcher.alive:
             self._launcher.close()
             self._launcher = None
         return ending
 
-    def _fork(self, item: pytest.Item) -> Ending:
+    def _fork(self, item: pytest.Item, deadline: float) -> Ending:
         """Run a test in a child of this process."""
         if not self._isolator:
             self._isolator = Isolator()
             for fd in self._guarded:
                 self._isolator.guard(fd)
-        return self._isolator.run(lambda send: self._perform(item, send), deadline=self._settings.deadline)
+        return self._isolator.run(lambda send: self._perform(item, send), deadline=deadline)
 
     def _perform(self, item: pytest.Item, send: Send) -> None:
         """Run a test in the child and send its reports one by one, so that a later crash does not take them along."""
@@ -180,7 +184,7 @@ class Runner:
         if case and not case.smp:
             os.sched_setaffinity(0, {self._cpu})
         if isinstance(item, pytest.Function) and plain.is_plain(item):
-            outcome = plain.perform(item, self._settings.area_bytes)
+            outcome = plain.perform(item, self._settings.area_bytes_of(case))
             failed = not isinstance(outcome, plain.Passed)
             send(outcome)
         else:

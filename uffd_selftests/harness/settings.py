@@ -6,15 +6,22 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from _pytest.mark.expression import Expression
 
 from uffd_selftests.harness import gating
+
+if TYPE_CHECKING:
+    from uffd_selftests.case import Case
+
+STRESS_LOG = "stress.log"
+"""In the folder of ``-o``: a line for each bounce of a stress case, with what each thread did."""
 
 Parse = Callable[[str], Any]
 
@@ -39,6 +46,24 @@ def yes_or_no(text: str) -> bool:
     if text not in ("0", "1"):
         raise ValueError(f"{text!r} is neither 0 nor 1")
     return text == "1"
+
+
+def duration(text: str) -> int:
+    """Read a duration like 90s, 10m, 1h30m or 90 as seconds, nothing as 0; raises ValueError."""
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text)
+    if not match:
+        raise ValueError(f"{text!r} is not a duration like 90s, 10m or 1h30m")
+    hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def seed(text: str) -> int:
+    """Read a whole number, nothing as one at random; raises ValueError."""
+    if not text:
+        return int.from_bytes(os.urandom(4), "little")
+    if not text.isdecimal():
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(text)
 
 
 @dataclass(frozen=True)
@@ -70,6 +95,10 @@ OPTIONS = (
     Option("--deadline", "SECONDS", "UFFD_DEADLINE", "30", positive, "kill a case after SECONDS (30)"),
     Option("--deadline-scale", "FACTOR", "UFFD_DEADLINE_SCALE", "1", positive, "multiply all deadlines, for emulators"),
     Option("--area-mib", "MIB", "UFFD_AREA_MIB", "32", positive_int, "size of a case's source and destination (32)"),
+    Option("--stress-mib", "MIB", "UFFD_STRESS_MIB", "20", positive_int, "the same, of a stress case (20)"),
+    Option("--stress-bounces", "N", "UFFD_STRESS_BOUNCES", "8", positive_int, "bounces of a stress case (8)"),
+    Option("--stress-seed", "N", "UFFD_STRESS_SEED", "", seed, "seed of the stress cases (a random one)"),
+    Option("--duration", "TIME", "UFFD_DURATION", "", duration, "let each stress case last for TIME: 90s, 10m, 2h"),
     Option(
         "--require", "NAME,...", "UFFD_REQUIRE", "", gating.parse_requirements,
         "skips for lack of these features (wp, minor-shmem) or requirements (device) are failures",
@@ -93,6 +122,12 @@ class Settings:
     deadline_scale: float
     area_bytes: int
     """Size of the source and of the destination area of a case that names no number of pages."""
+    stress_bytes: int
+    """The same, of a stress case."""
+    stress_bounces: int
+    stress_seed: int
+    duration: int
+    """Seconds for which a stress case repeats its work; 0: as often as bounces are asked for."""
     require: frozenset[str]
     filters: tuple[str, ...]
     documented_only: bool
@@ -121,6 +156,10 @@ class Settings:
             values["deadline"] * values["deadline_scale"],
             values["deadline_scale"],
             values["area_mib"] << 20,
+            values["stress_mib"] << 20,
+            values["stress_bounces"],
+            values["stress_seed"],
+            values["duration"],
             values["require"],
             tuple(option.filter),
             option.documented_only,
@@ -133,12 +172,35 @@ class Settings:
             Path(option.report_dir) if option.report_dir else None,
         )
 
+    def deadline_of(self, case: Case | None) -> float:
+        """Return the seconds that a case, or a test that is none, may take."""
+        return self.deadline + (self.duration if case and case.stress else 0.0)
+
+    def area_bytes_of(self, case: Case | None) -> int:
+        """Return the size of each of the two areas of a case that names no number of pages."""
+        return self.stress_bytes if case and case.stress else self.area_bytes
+
+    def export(self, *, progress: bool) -> None:
+        """Tell the cases, and xdist's workers, what concerns them: common.py and stress.py read it."""
+        os.environ.update(
+            UFFD_DEADLINE_SCALE=f"{self.deadline_scale:g}",
+            UFFD_STRESS_BOUNCES=str(self.stress_bounces),
+            UFFD_STRESS_SEED=str(self.stress_seed),
+            UFFD_DURATION=str(self.duration),
+            UFFD_PROGRESS="1" if progress else "",
+            UFFD_STRESS_LOG=str(self.folder / STRESS_LOG) if self.folder else "",
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return what results.json says about them."""
         return {
             "deadline": self.deadline,
             "deadline_scale": self.deadline_scale,
             "area_bytes": self.area_bytes,
+            "stress_bytes": self.stress_bytes,
+            "stress_bounces": self.stress_bounces,
+            "stress_seed": self.stress_seed,
+            "duration": self.duration,
             "require": sorted(self.require),
             "filters": list(self.filters),
             "documented_only": self.documented_only,

@@ -10,17 +10,16 @@ from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
-HEADERS = ("uffd.h", "races.h")
+HEADERS = ("uffd.h", "races.h", "stress.h")
 
 
 def ffi_builder() -> FFI:
-    """Describe the extension from its headers, which are C headers and cdefs in one."""
+    """Describe the extension from its headers, which are C headers and cdef in one."""
     ffi = FFI()
-    includes = ["#include <stddef.h>", "#include <stdint.h>"]
     for header in HEADERS:
         ffi.cdef((HERE / header).read_text())
-        includes.append(f'#include "{header}"')
-    ffi.set_source("uffd_selftests.native._native", "\n".join([*includes, ""]))
+    includes = ["<stddef.h>", "<stdint.h>", *(f'"{header}"' for header in HEADERS)]
+    ffi.set_source("uffd_selftests.native._native", "".join(f"#include {name}\n" for name in includes))
     return ffi
 
 
