@@ -24,7 +24,7 @@ fresh() {
     made='' made_with=''
     { read -r made && read -r made_with; } 2>/dev/null <"$stamp" || true
     [ "$made" = "$(fingerprint)" ] && [ "${PYTHON:-$made_with}" = "$made_with" ] && [ -x "$venv/bin/python" ] &&
-        { [ -z "$extra" ] || [ -e "$stamp.dev" ]; }
+        for extra in $extras; do [ -e "$stamp.$extra" ] || return 1; done
 }
 
 check_interpreter() {
@@ -75,12 +75,16 @@ setup() {
         logged "python -m venv" "$python" -I -m venv "$venv"
         made_with=$python
     fi
-    [ ! -e "$stamp.dev" ] || extra='[dev]'
+    wanted=''
+    for extra in dev vm; do # what an earlier call wanted stays
+        [ -e "$stamp.$extra" ] || case " $extras " in *" $extra "*) ;; *) continue ;; esac
+        wanted=${wanted:+$wanted,}$extra
+    done
     unfinished
     # The same as in pyproject.toml: a build without isolation can be repeated without network.
     logged pip "$venv/bin/python" -I -m pip install 'pip>=21.3' 'setuptools>=77' 'cffi>=1.16'
-    logged pip "$venv/bin/python" -I -m pip install --no-build-isolation --editable "$here$extra"
-    [ -z "$extra" ] || true >"$stamp.dev"
+    logged pip "$venv/bin/python" -I -m pip install --no-build-isolation --editable "$here${wanted:+[$wanted]}"
+    for extra in $extras; do true >"$stamp.$extra"; done
     printf '%s\n' "$(fingerprint)" "$made_with" >"$stamp"
 }
 
@@ -91,13 +95,16 @@ here=$(CDPATH='' cd "${self%/*}/" && pwd -P)
 native=$here/uffd_selftests/native
 python=${PYTHON:-python3}
 packages="python3-venv python3-dev gcc"
-module=uffd_selftests extra=''
+module=uffd_selftests extras='' # of pyproject.toml
 if [ "${1-}" = --check ]; then
-    module=uffd_selftests.check extra='[dev]'
+    module=uffd_selftests.check extras='dev vm'
     shift
 else
     export PYTHONSAFEPATH=1
 fi
+for argument; do
+    case $argument in --) break ;; --kernel | --kernel=*) extras=vm ;; esac
+done
 
 venv=${UFFD_VENV:-$here/.venv}
 case $venv in /* | none) ;; *) venv=$PWD/$venv ;; esac

@@ -243,7 +243,8 @@ def test_long_run_can_be_watched_and_ended(cli: Starter) -> None:
 @needs_userfaultfd
 def test_workers_share_the_seed(cli: Starter) -> None:
     """With -n every worker has the seed of the results."""
-    run = cli.run("-n", "2", "-f", " on anon", "-k", "stress", "--stress-mib", "1", "--stress-bounces", "2")
+    chosen = ("-f", "stress (poll) on anon", "-f", "stress (read) on anon")
+    run = cli.run("-n", "2", *chosen, "--stress-mib", "1", "--stress-bounces", "2")
     assert run.outcomes == {"stress (poll) on anon": "pass", "stress (read) on anon": "pass"}
     seed = run.document["options"]["stress_seed"]
     lines = (run.folder / "stress.log").read_text().splitlines()

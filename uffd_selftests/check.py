@@ -30,6 +30,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "harness tests": (*PYTEST, "tests"),
     "suite": PYTEST,
     "suite with two workers": (*PYTEST, "-n", "2"),
+    "suite in other kernels": (sys.executable, "-m", "uffd_selftests.vm.check"),
 }
 
 

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, NoReturn
 import pytest
 
 from uffd_selftests import __version__
-from uffd_selftests.harness.reporter import FILES
+from uffd_selftests.harness.reporter import FILES, KMSG
 from uffd_selftests.harness.settings import MAY_HANG_KERNEL, OPTIONS, STRESS_LOG, check_keyword
+from uffd_selftests.vm.options import add_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -70,6 +71,8 @@ def parser() -> Parser:
         add(each.flag, metavar=each.metavar, help=f"{each.help} [{each.variable}]")
     add(MAY_HANG_KERNEL.flag, action="store_true", help=f"{MAY_HANG_KERNEL.help} [{MAY_HANG_KERNEL.variable}]")
     add("--no-isolation", action="store_true", help="run cases in one process, for a debugger")
+    add("--kmsg", action="store_true", help="note in the kernel log which case begins (boot with printk.devkmsg=on)")
+    add_options(result)
     add("--version", action="version", version=f"{PROGRAM} {__version__}")
     return result
 
@@ -102,12 +105,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             each.value(getattr(args, each.name))
         MAY_HANG_KERNEL.value(None)
         check_keyword(args.keyword or "")
+        if args.kmsg and not os.access(KMSG, os.W_OK):
+            raise ValueError(f"--kmsg: cannot write to {KMSG}: run as root")
         _check_probe(args, passed)
         if args.output and not args.list:
             _make_ready(args.output)
     except ValueError as error:
         sys.stderr.write(f"{PROGRAM}: {error}\n")
         return EXIT_USAGE
+    if args.kernel and not args.list:
+        from uffd_selftests.vm import session  # noqa: PLC0415  # most runs do without
+
+        return session.main(args, passed)
     return _probe(args) if args.probe else _run(args, passed)
 
 
@@ -123,8 +132,8 @@ def _check_probe(args: argparse.Namespace, passed: list[str]) -> None:
     """Refuse what a probe would ignore; raises ValueError."""
     if args.json and not args.probe:
         raise ValueError("--json needs --probe")
-    chosen = [args.list, args.filter, args.keyword, args.workers != "0", args.output, args.require, passed]
-    if args.probe and any(chosen):
+    chosen = [args.list, args.filter, args.keyword, args.workers != "0", args.output, args.require]
+    if args.probe and any([*chosen, args.kernel, args.kmsg, passed]):
         raise ValueError("--probe runs nothing: it takes --json, --deadline-scale and --area-mib only")
 
 
@@ -195,6 +204,8 @@ def _pytest_arguments(args: argparse.Namespace, passed: list[str], ktap_fd: int)
         yield MAY_HANG_KERNEL.flag
     if args.no_isolation:
         yield "--no-isolation"
+    if args.kmsg:
+        yield "--kmsg"
     if args.list:
         yield "--collect-only"
     elif args.workers != "0":

@@ -45,6 +45,10 @@ if TYPE_CHECKING:
     from uffd_selftests.harness.interrupts import Signals
     from uffd_selftests.harness.settings import Settings
 
+KMSG = "/dev/kmsg"
+NOTE = "uffd-selftests: case "
+"""What stands before the name of a case that begins, in the kernel's log."""
+
 FILES = ("results.tap", "results.json", "environment.json", "dmesg.txt", "junit.xml", "report.html")
 
 
@@ -58,6 +62,7 @@ class Reporter:
         self._folder = settings.folder
         self._progress = sys.stderr if settings.progress and sys.stderr.isatty() else None
         self._signals = signals
+        self._kmsg = open(KMSG, "w") if settings.kmsg else None  # noqa: SIM115  # open as long as this is
         self._planned = 0
         self._started = datetime.now(timezone.utc)
         self._clock = time.monotonic()
@@ -75,7 +80,7 @@ class Reporter:
 
     def close(self) -> None:
         """Close the files."""
-        for stream in self._streams:
+        for stream in (*self._streams, *([self._kmsg] if self._kmsg else [])):
             with contextlib.suppress(OSError):
                 stream.close()
 
@@ -94,6 +99,10 @@ class Reporter:
     @pytest.hookimpl
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """Show what is running."""
+        if self._kmsg and nodeid in self._open:
+            with contextlib.suppress(OSError):
+                self._kmsg.write(f"{NOTE}{self._open[nodeid].name}\n")
+                self._kmsg.flush()
         if self._progress and nodeid in self._open:
             self._show(f"[{len(self.results) + 1}/{self._planned}] {self._open[nodeid].name}")
 

@@ -138,6 +138,8 @@ class Settings:
     """Isolate tests that declare no case, too."""
     ktap_fd: int | None
     progress: bool
+    kmsg: bool
+    """Note in the kernel log which case begins."""
     may_hang_kernel: bool
     """Run what leaves a process that nothing can end where the kernel is broken."""
     folder: Path | None
@@ -168,6 +170,7 @@ class Settings:
             option.isolate_all,
             option.ktap_fd,
             option.progress,
+            option.kmsg,
             may_hang_kernel,
             Path(option.report_dir) if option.report_dir else None,
         )
@@ -233,6 +236,7 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption("--isolate-all", action="store_true", help="run all tests in child processes, not only cases")
     group.addoption("--ktap-fd", type=int, metavar="FD", help="write KTAP to this descriptor")
     group.addoption("--progress", action="store_true", help="show what is running if stderr is a terminal")
+    group.addoption("--kmsg", action="store_true", help="note in the kernel log which case begins")
     text = f"{MAY_HANG_KERNEL.help} [{MAY_HANG_KERNEL.variable}]"
     group.addoption(MAY_HANG_KERNEL.flag, action="store_const", const="1", help=text)
     group.addoption("--report-dir", metavar="DIR", help="write results.tap, results.json... into this folder")

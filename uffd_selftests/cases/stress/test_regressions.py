@@ -25,6 +25,7 @@ from uffd_selftests.common import (
     fails,
     promise,
     refuses,
+    require_soft_dirty,
     swap_out,
 )
 from uffd_selftests.hugetlb import hugepage_file
@@ -290,8 +291,7 @@ def test_move_swapped_soft_dirty(ctx: Context) -> None:
     it.
     """
     ctx.src.fill()
-    if not Pagemap.entry(ctx.src.start) & PM_SOFT_DIRTY:
-        raise Skip("the kernel lacks CONFIG_MEM_SOFT_DIRTY")
+    require_soft_dirty(ctx.src.start)
     ctx.uffd.register(ctx.dst.range, MISSING)
     swap_out(ctx.src.range)
     Path("/proc/self/clear_refs").write_text("4")

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What ``--kernel PATH`` can name: a kernel image, the tree it was built in, or its Debian package.
+
+Headers: Documentation/arch/x86/boot.rst (bzImage), Documentation/arch/arm64/booting.rst (Image).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+IMAGES = {"x86_64": "arch/x86/boot/bzImage", "arm64": "arch/arm64/boot/Image"}
+"""Where a build tree has its image, by architecture."""
+
+HEADER = 0x20000
+"""How much of an image is read: its header and the release that an x86 header points to."""
+
+ELF = b"\x7fELF"
+DEB = b"!<arch>\n"
+X86 = (0x202, b"HdrS")
+ARM64 = ((0x38, b"ARM\x64"), (0, b"\x1f\x8b"), (4, b"zimg"))
+"""Image; the same compressed with gzip; in an EFI application."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel that can be booted."""
+
+    path: Path
+    """What virtme-ng is given: the image, or the build tree if that is where its modules are."""
+    name: str
+    """Its name in reports and of its folder: the release, or the file's name where the image does not tell."""
+    origin: Path
+    """What the user named."""
+
+
+def cache() -> Path:
+    """Return the folder where unpacked packages are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "uffd-selftests"
+
+
+def find(origin: str, arch: str) -> Kernel:
+    """Return the kernel that a path names; raises ValueError with what is wrong with it."""
+    path = Path(origin).absolute()
+    try:
+        if path.is_dir():
+            return _in_folder(path, arch)
+        with path.open("rb") as file:
+            start = file.read(HEADER)
+        if start.startswith(DEB):
+            return replace(_in_folder(_unpacked(path), arch), origin=path)
+    except FileNotFoundError:
+        raise ValueError(f"{origin}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"{origin}: {error.strerror}") from None
+    return Kernel(path, _name(path, start, arch), path)
+
+
+def distinguish(kernels: Iterable[Kernel]) -> list[Kernel]:
+    """Give kernels of the same name different ones: with what the user named, then with a number."""
+    return _numbered(_with_origin(list(kernels)))
+
+
+def _with_origin(kernels: list[Kernel]) -> list[Kernel]:
+    count = Counter(kernel.name for kernel in kernels)
+    return [
+        replace(kernel, name=f"{kernel.name}-{kernel.origin.name}") if count[kernel.name] > 1 else kernel
+        for kernel in kernels
+    ]
+
+
+def _numbered(kernels: list[Kernel]) -> list[Kernel]:
+    seen: Counter[str] = Counter()
+    for index, kernel in enumerate(kernels):
+        seen[kernel.name] += 1
+        if seen[kernel.name] > 1:
+            kernels[index] = replace(kernel, name=f"{kernel.name}-{seen[kernel.name]}")
+    return kernels
+
+
+def _in_folder(folder: Path, arch: str) -> Kernel:
+    """Find the image in a build tree or in an unpacked package."""
+    tree = folder / IMAGES[arch]
+    packed = sorted(folder.glob("boot/vmlinu[xz]-*"))
+    if tree.exists():
+        path, image = folder, tree
+    elif len(packed) == 1:
+        path = image = packed[0]
+    elif packed:
+        raise ValueError(f"{folder} has several kernels: name one of {', '.join(each.name for each in packed)}")
+    else:
+        raise ValueError(f"{folder} has neither {IMAGES[arch]} nor boot/vmlinuz-*: build it, or name an image")
+    with image.open("rb") as file:
+        name = _name(image, file.read(HEADER), arch)
+    with contextlib.suppress(OSError):
+        name = (folder / "include/config/kernel.release").read_text().strip() or name
+    return Kernel(path, name, folder)
+
+
+def _name(path: Path, start: bytes, arch: str) -> str:
+    """Return the release that an image tells, else its file's name; raises ValueError when it is no image."""
+    if start.startswith(ELF):
+        raise ValueError(f"{path} is an ELF file, not a boot image: name {IMAGES[arch]}")
+    kinds = {"x86_64": _has(start, X86), "arm64": any(_has(start, magic) for magic in ARM64)}
+    if not any(kinds.values()):
+        raise ValueError(f"{path} is no kernel image, build tree or Debian package")
+    if not kinds[arch]:
+        other = next(name for name, matches in kinds.items() if matches)
+        raise ValueError(f"{path} is an image for {other}: say --arch {other}")
+    if arch == "x86_64":
+        pointer = int.from_bytes(start[0x20E:0x210], "little")
+        release = start[pointer + 0x200 :].partition(b"\0")[0].split(b" ")[0].decode("ascii", "replace")
+        if pointer and release.isprintable() and "/" not in release:
+            return release or path.name
+    return path.name.removeprefix("vmlinuz-")
+
+
+def _has(start: bytes, magic: tuple[int, bytes]) -> bool:
+    offset, value = magic
+    return start[offset : offset + len(value)] == value
+
+
+def _unpacked(package: Path) -> Path:
+    """Unpack a Debian package into the cache, once, and return the folder; raises ValueError."""
+    status = package.stat()
+    key = hashlib.sha256(f"{package} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:12]
+    folder = cache() / f"{package.stem}-{key}"
+    if folder.exists():
+        return folder
+    if not shutil.which("dpkg-deb"):
+        raise ValueError(f"{package} cannot be unpacked: apt-get install dpkg")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unpacking-") as draft:
+        root = Path(draft) / "root"
+        unpacking = ["dpkg-deb", "-x", str(package), str(root)]
+        result = subprocess.run(unpacking, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+        if result.returncode:
+            raise ValueError(f"{package} cannot be unpacked: {result.stderr.strip().rpartition(chr(10))[2]}")
+        if not list(root.glob("boot/vmlinu[xz]-*")):
+            raise ValueError(f"{package} has no boot/vmlinuz-*: name the linux-image package")
+        with contextlib.suppress(FileExistsError, OSError):  # somebody else may have been faster
+            root.rename(folder)
+    return folder

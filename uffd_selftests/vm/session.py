@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""A run in other kernels: one KTAP document with a subtest for each kernel, one folder for each below ``-o DIR``.
+
+A kernel's folder has the files of a run of the suite (harness/reporter.py) and console.txt: what the kernel and
+virtme-ng said. Of a kernel that died, results.json has what came out of it; like the KTAP it blames the case that was
+running and skips the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import uffd_selftests
+from uffd_selftests.formats import junit
+from uffd_selftests.harness import ktap
+from uffd_selftests.harness.interrupts import Interrupted, Signals
+from uffd_selftests.harness.settings import MAY_HANG_KERNEL, OPTIONS
+from uffd_selftests.report.command import write
+from uffd_selftests.report.model import FORMAT, load
+from uffd_selftests.vm import images, vng
+from uffd_selftests.vm.guests import MARGIN_SECONDS, Accelerator, Ending, Guest
+from uffd_selftests.vm.options import native
+from uffd_selftests.vm.verdict import judge, reported, unfinished
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Iterator, Sequence
+
+    from uffd_selftests.harness.results import Result
+    from uffd_selftests.vm.images import Kernel
+
+PROGRAM = "uffd-selftests"
+
+VERSION = "KTAP version 1"
+INDENT = "  "
+TCG_SCALE = 8.0
+"""How much longer everything may take under emulation."""
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOTHING = 0, 1, 2, 4
+
+
+def main(args: argparse.Namespace, passed: Sequence[str]) -> int:
+    """Run the suite in each kernel of ``--kernel`` and return the exit code."""
+    with contextlib.ExitStack() as cleanup:
+        signals = Signals()
+        cleanup.callback(signals.close)
+        try:
+            kernels = images.distinguish(images.find(path, args.arch) for path in args.kernel)
+            if lacking := vng.missing(args.arch):
+                raise ValueError(lacking)
+            if args.arch != native():
+                raise ValueError(f"--arch {args.arch}: only kernels for {native()} can be booted here")
+            if args.vm_accel == vng.KVM and not vng.kvm_present():
+                raise ValueError("--vm-accel kvm: cannot open /dev/kvm: load kvm_intel or kvm_amd, join the group kvm")
+            plan = _plan(args, passed)
+            folder = args.output or Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix=f"{PROGRAM}-")))
+            return exit_code(Session(args, passed, folder.resolve(), plan).run(kernels))
+        except ValueError as error:
+            say(str(error))
+            return EXIT_USAGE
+        except subprocess.CalledProcessError as error:
+            sys.stderr.write(error.stderr)
+            return error.returncode
+        except Interrupted:
+            return 128 + signals.number
+        except BrokenPipeError:
+            return 128 + signal.SIGPIPE
+        except OSError as error:
+            say(f"cannot write {error.filename or 'the results'}: {error.strerror}")
+            return EXIT_FAILED
+
+
+def exit_code(outcomes: Sequence[str]) -> int:
+    """Return the exit code of a run with these outcomes of its kernels."""
+    if any(outcome in ktap.FAILURES for outcome in outcomes):
+        return EXIT_FAILED
+    return EXIT_NOTHING if set(outcomes) <= {"skip"} else EXIT_OK
+
+
+def say(message: str) -> None:
+    """Say something on stderr."""
+    sys.stderr.write(f"{PROGRAM}: {message}\n")
+
+
+def suite_arguments(args: argparse.Namespace, passed: Sequence[str], scale: float = 1.0) -> list[str]:
+    """Say again, for the suite in a guest, what was said here on the command line or in the environment.
+
+    scale is that of deadlines, unless another was given.
+    """
+    arguments = [f"--filter={part}" for part in args.filter]
+    if args.keyword is not None:
+        arguments += ["-k", args.keyword]
+    flags = {
+        "--documented-only": args.documented_only,
+        "--strict": args.strict,
+        "--no-isolation": args.no_isolation,
+        MAY_HANG_KERNEL.flag: args.may_hang_kernel or MAY_HANG_KERNEL.value(None),
+    }
+    arguments += [flag for flag, given in flags.items() if given]
+    values = {each.flag: getattr(args, each.name) or os.environ.get(each.variable) for each in OPTIONS}
+    values["--deadline-scale"] = values["--deadline-scale"] or f"{scale:g}"
+    arguments += [f"{flag}={value}" for flag, value in values.items() if value]
+    return [*arguments, *(["--", *map(_absolute, passed)] if passed else [])]
+
+
+def _absolute(argument: str) -> str:
+    """Return an argument for pytest with its path, if it is one, made independent of the current folder."""
+    path, colons, test = argument.partition("::")
+    if argument.startswith("-") or not os.path.exists(path):
+        return argument
+    return os.path.abspath(path) + colons + test
+
+
+def _plan(args: argparse.Namespace, passed: Sequence[str]) -> list[str]:
+    """Return the names of all results to come; raises CalledProcessError when the options are wrong.
+
+    On the way pytest compiles the cases, which a guest could not keep.
+    """
+    isolated = ["-I"] if sys.flags.isolated else []
+    call = [sys.executable, *isolated, "-m", "uffd_selftests", "-l", *suite_arguments(args, passed)]
+    listing = subprocess.run(call, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=True)
+    return listing.stdout.splitlines()
+
+
+class Document:
+    """The KTAP of the whole run, on stdout and in a file."""
+
+    def __init__(self, copy: Path) -> None:
+        self._file: TextIO | None = copy.open("w")
+        self.trouble = ""
+        """Why the file is not whole."""
+
+    def write(self, *lines: str) -> None:
+        """Write lines, at once; raises BrokenPipeError when nobody reads them."""
+        text = "".join(f"{line}\n" for line in lines)
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        if not self._file:
+            return
+        try:
+            self._file.write(text)
+            self._file.flush()
+        except OSError as error:
+            self.trouble = f"cannot write {self._file.name}: {error.strerror}"
+            self._file = None
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file:
+            self._file.close()
+
+
+class Job:
+    """A kernel, its machine, and what comes out of it."""
+
+    def __init__(self, kernel: Kernel, folder: Path) -> None:
+        self.kernel = kernel
+        self.guest = Guest(kernel, folder)
+        self.lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        """The suite's KTAP; None is the end."""
+        self.ending: Future[Ending]
+
+
+class Session:
+    """Boots kernels, several at once if asked to, and reports them in their order."""
+
+    def __init__(self, args: argparse.Namespace, passed: Sequence[str], folder: Path, plan: list[str]) -> None:
+        self._args = args
+        self._passed = passed
+        self._folder = folder
+        self._plan = plan
+        self._accelerator = Accelerator(args.vm_accel)
+        extra = (tuple(args.vm_append), tuple(args.vm_qemu))
+        self._shape = vng.Shape(args.arch, args.vm_memory, args.vm_cpus, *extra)
+
+    def run(self, kernels: Sequence[Kernel]) -> list[str]:
+        """Run all and return their outcomes; raises OSError when nothing can be written, Interrupted."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(Document(self._folder / "results.tap")) as document:
+            try:
+                with self._booting(kernels) as jobs:
+                    document.write(VERSION, f"1..{len(jobs)}")
+                    outcomes = [self._report(job, number, document) for number, job in enumerate(jobs, 1)]
+            except Interrupted as interrupted:
+                document.write(f"Bail out! {interrupted}")
+                raise
+            document.write(ktap.totals_line(Counter(outcomes)))
+        if self._args.output:
+            self._write_overviews(kernels)
+        if document.trouble:
+            say(document.trouble)
+            outcomes.append("error")
+        return outcomes
+
+    # ---- booting ----
+
+    @contextlib.contextmanager
+    def _booting(self, kernels: Sequence[Kernel]) -> Iterator[list[Job]]:
+        """Start the machines, so many at once; none is left at the end."""
+        jobs = [Job(kernel, self._fresh(kernel)) for kernel in kernels]
+        with ThreadPoolExecutor(self._at_once()) as threads:
+            try:
+                for job in jobs:
+                    job.ending = threads.submit(self._start, job)
+                yield jobs
+            finally:
+                threads.shutdown(wait=False, cancel_futures=True)
+                for job in jobs:
+                    job.guest.stop()
+
+    def _at_once(self) -> int:
+        workers = self._args.workers
+        return max(1, len(os.sched_getaffinity(0)) if workers == "auto" else int(workers))
+
+    def _fresh(self, kernel: Kernel) -> Path:
+        """Return an empty folder for a kernel."""
+        folder = self._folder / kernel.name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def _start(self, job: Job) -> Ending:
+        """Boot a kernel with what works here and run the suite in it."""
+        try:
+            return self._accelerator.run(lambda accelerator, alive: self._boot(job, accelerator, alive), say)
+        finally:
+            job.lines.put(None)
+
+    def _boot(self, job: Job, accelerator: str, alive: Callable[[], None]) -> Ending:
+        say(f"{job.kernel.name}: booting, {'with KVM' if accelerator == vng.KVM else 'emulated'}")
+        scale = self._scale(accelerator)
+        arguments = ["--kmsg", "-o", vng.RESULTS, *suite_arguments(self._args, self._passed, scale)]
+        command = vng.command(job.kernel, self._shape, accelerator, job.guest.folder, arguments)
+        return job.guest.run(command, accelerator, self._patience(scale), job.lines.put, alive)
+
+    def _patience(self, scale: float) -> float:
+        """Return for how many seconds a guest may make no progress: longer than its suite lets a case take."""
+        values = {each.name: each.value(getattr(self._args, each.name)) for each in OPTIONS}
+        return float(scale * values["deadline"] + values["duration"] + MARGIN_SECONDS)
+
+    def _scale(self, accelerator: str) -> float:
+        """Return by how much deadlines are multiplied."""
+        given = self._args.deadline_scale or os.environ.get("UFFD_DEADLINE_SCALE")
+        return float(given or (TCG_SCALE if accelerator == vng.TCG else 1))
+
+    # ---- reporting ----
+
+    def _report(self, job: Job, number: int, document: Document) -> str:
+        """Hand on what a guest says as it says it, judge it at its end, and return the outcome."""
+        name = job.kernel.name
+        heard = []
+        while (line := job.lines.get()) is not None:
+            heard.append(line)
+            if line == ktap.VERSION:  # the name is for kunit.py, which else cannot tell where the subtest ends
+                document.write(INDENT + VERSION, f"{INDENT}# Subtest: {name}")
+            elif line:
+                document.write(INDENT + line)
+        ending = job.ending.result()
+        whole = judge(name, ending)
+        results = reported(ending)
+        if ending.watch.planned and not ending.watch.totals:
+            rest = unfinished(self._plan, ending, whole)
+            results += rest
+            lines = list(_rest_of_document(rest, ending))
+            document.write(*(INDENT + line for line in lines))
+            _write(job.guest.folder / "results.tap", "".join(f"{line}\n" for line in [*heard, *lines]))
+        if not ending.watch.totals:
+            self._write_results(job, results, whole.reason)
+        if not ending.watch.running:  # else the case shows them
+            document.write(*ktap.diagnostic_lines(whole.diagnostics))
+        document.write(ktap.result_line(number, whole))
+        for message in (whole.reason or ending.watch.totals or whole.outcome, *ending.watch.messages, ending.trouble):
+            if message:
+                say(f"{name}: {message}")
+        return whole.outcome
+
+    def _write_overviews(self, kernels: Sequence[Kernel]) -> None:
+        """Write junit.xml and report.html of all kernels; that one cannot be made is no failure of the run."""
+        try:
+            runs = [load(self._folder / kernel.name, kernel.name) for kernel in kernels]
+            _write(self._folder / "junit.xml", junit.document(runs).decode())
+            write(runs, self._folder / "report.html")
+        except ValueError as error:
+            say(f"no report.html: {error}")
+
+    def _write_results(self, job: Job, results: list[Result], why: str) -> None:
+        """Write what the suite in a guest could not write any more."""
+        summary = {
+            "format": FORMAT,
+            "planned": len(results) or len(self._plan),
+            "results": [result.to_dict() for result in results],
+            "totals": Counter(result.outcome for result in results),
+            "interrupted": why,
+            "exitstatus": EXIT_FAILED,
+            "options": {},
+            "versions": {"uffd-selftests": uffd_selftests.__version__, "kernel": job.kernel.name},
+        }
+        _write(job.guest.folder / "results.json", json.dumps(summary, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file about kernels that are judged already; if that cannot be done, it is only said."""
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        say(f"cannot write {path}: {error.strerror}")
+
+
+def _rest_of_document(rest: Sequence[Result], ending: Ending) -> Iterator[str]:
+    """Return the lines that complete a guest's KTAP."""
+    done = reported(ending)
+    for number, result in enumerate(rest, len(done) + 1):
+        yield from ktap.diagnostic_lines(result.diagnostics)
+        yield ktap.result_line(number, result)
+    yield ktap.totals_line(Counter(result.outcome for result in [*done, *rest]))
