@@ -34,6 +34,9 @@ FORMATS = ("junit", "kcidb", "summary")
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOTHING = 0, 1, 2, 4
 
+MAX_WORKERS_PER_CPU = 16
+"""More of them would only keep the machine from everything else."""
+
 OUTPUT_TAIL = 20
 """How many lines of pytest's own output are shown when pytest gives up."""
 
@@ -78,6 +81,9 @@ def parser() -> Parser:
 
 
 def _workers(text: str) -> str:
+    most = MAX_WORKERS_PER_CPU * (os.cpu_count() or 1)
+    if text.isdecimal() and int(text) > most:
+        raise argparse.ArgumentTypeError(f"{text} processes are too many for this machine: at most {most}")
     if text == "auto" or text.isdecimal():
         return text
     raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto")
