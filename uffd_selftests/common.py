@@ -11,6 +11,7 @@ import fcntl
 import itertools
 import os
 import select
+import signal
 import struct
 import threading
 import time
@@ -93,7 +94,12 @@ class Skip(Exception):
 def expect(observed: object, expected: object, what: str) -> None:
     """Assert equality; a failure says ``what: expected X, got Y``."""
     if observed != expected:
-        raise AssertionError(f"{what}: expected {expected}, got {observed}")
+        raise AssertionError(f"{what}: expected {_told(expected)}, got {_told(observed)}")
+
+
+def _told(value: object) -> object:
+    """Return what names a value: str() of a signal is its number."""
+    return value.name if isinstance(value, signal.Signals) else value
 
 
 @contextmanager
@@ -122,8 +128,18 @@ def eventually(condition: Callable[[], bool], what: str) -> None:
 # ---- messages ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Fault:
+class _Told:
+    """A message: addresses are told in hexadecimal, flags by their names."""
+
+    ADDRESSES = ("address", "start", "end", "to", "len")
+
+    def __repr__(self) -> str:
+        fields = (f"{name}={f'{value:#x}' if name in self.ADDRESSES else value}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({', '.join(fields)})"
+
+
+@dataclass(frozen=True, repr=False)
+class Fault(_Told):
     """UFFD_EVENT_PAGEFAULT. ``ptid`` is 0 without UFFD_FEATURE_THREAD_ID."""
 
     address: int
@@ -131,15 +147,15 @@ class Fault:
     ptid: int = 0
 
 
-@dataclass(frozen=True)
-class Forked:
+@dataclass(frozen=True, repr=False)
+class Forked(_Told):
     """UFFD_EVENT_FORK: the descriptor that serves the child."""
 
     ufd: int
 
 
-@dataclass(frozen=True)
-class Remapped:
+@dataclass(frozen=True, repr=False)
+class Remapped(_Told):
     """UFFD_EVENT_REMAP, in bytes."""
 
     start: int
@@ -147,16 +163,16 @@ class Remapped:
     len: int
 
 
-@dataclass(frozen=True)
-class Removed:
+@dataclass(frozen=True, repr=False)
+class Removed(_Told):
     """UFFD_EVENT_REMOVE."""
 
     start: int
     end: int
 
 
-@dataclass(frozen=True)
-class Unmapped:
+@dataclass(frozen=True, repr=False)
+class Unmapped(_Told):
     """UFFD_EVENT_UNMAP."""
 
     start: int

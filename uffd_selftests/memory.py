@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import mmap as _mmap
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -198,18 +199,18 @@ def user_space_end() -> int:
 # ---- access --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trap:
     """The signal that ended an access: siginfo_t's fields."""
 
-    signo: int
+    signo: signal.Signals
     code: int
     addr: int
     addr_lsb: int
 
-    def __str__(self) -> str:
-        names = {7: "SIGBUS", 10: "SIGBUS", 11: "SIGSEGV"}
-        return f"{names.get(self.signo, self.signo)} si_code={self.code} si_addr={self.addr:#x}"
+    def __repr__(self) -> str:
+        lost = f" si_addr_lsb={self.addr_lsb}" if self.addr_lsb else ""
+        return f"{self.signo.name} si_code={self.code} si_addr={self.addr:#x}{lost}"
 
 
 class AccessError(Exception):
@@ -221,7 +222,7 @@ class AccessError(Exception):
 
 
 def _trap(c: Any) -> Trap:
-    return Trap(c.signo, c.code, c.addr, c.addr_lsb)
+    return Trap(signal.Signals(c.signo), c.code, c.addr, c.addr_lsb)
 
 
 def peek(address: int, length: int = 1) -> bytes:
