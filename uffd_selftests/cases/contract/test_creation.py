@@ -105,10 +105,12 @@ def test_creation_unknown_flags_alone() -> None:
 def test_creation_user_mode_only() -> None:
     """UFFD_USER_MODE_ONLY is taken, or refused as a flag that the kernel does not know (before Linux 5.11)."""
     try:
-        with create(UFFD_USER_MODE_ONLY) as uffd:
-            uffd.api()
+        uffd = create(UFFD_USER_MODE_ONLY)
     except KernelError as error:
         expect(error.errno, EINVAL, "CR-04: errno of userfaultfd(UFFD_USER_MODE_ONLY)")
+        return
+    with uffd, promise("CR-04"):
+        uffd.api()
 
 
 @uffd_case("creation-fresh", mem=(ANON,), pages=1, needs=("syscall",), rows=("CR-01",))

@@ -383,11 +383,12 @@ def test_register_secretmem(ctx: Context) -> None:
     """Secret memory is refused, and with it all that the range holds."""
     try:
         fd = syscalls.call("memfd_secret", os.O_CLOEXEC)
-        os.ftruncate(fd, PAGE_SIZE)
-        with in_the_middle(ctx, fd, MAP_SHARED) as middle:
-            expect_incompatible(ctx, middle, "secretmem")
+        unmap(new_mapping(PAGE_SIZE, MAP_SHARED, fd=fd))
     except KernelError as error:
         raise Skip(f"{error}: needs CONFIG_SECRETMEM, secretmem.enable=1 at boot and RLIMIT_MEMLOCK") from None
+    os.ftruncate(fd, PAGE_SIZE)
+    with in_the_middle(ctx, fd, MAP_SHARED) as middle:
+        expect_incompatible(ctx, middle, "secretmem")
 
 
 def expect_vdso_refused(uffd: Uffd, *modes: RegisterMode, note: str = "") -> None:
