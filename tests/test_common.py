@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 
 import pytest
 
-from uffd_selftests.common import Fault, Forked, Removed, expect
+from uffd_selftests.common import Fault, Forked, Removed, expect, expect_errno
 from uffd_selftests.memory import Trap
 from uffd_selftests.uapi import PagefaultFlag
 
@@ -31,3 +32,10 @@ def test_what_expect_says(value: object, told: str) -> None:
     with pytest.raises(AssertionError) as caught:
         expect(value, None, "the message")
     assert str(caught.value) == f"the message: expected None, got {told}"
+
+
+def test_errno_by_name() -> None:
+    """An errno is told by its name, as everything else."""
+    with pytest.raises(AssertionError) as caught:
+        expect_errno(OSError(errno.EPERM, ""), errno.EINVAL, "errno of the call")
+    assert str(caught.value) == "errno of the call: expected EINVAL, got EPERM"

@@ -102,6 +102,11 @@ def _told(value: object) -> object:
     return value.name if isinstance(value, signal.Signals) else value
 
 
+def expect_errno(error: OSError, number: int, what: str) -> None:
+    """Assert that a call failed with this errno; a failure names both."""
+    expect(errno_name(error.errno or 0), errno_name(number), what)
+
+
 @contextmanager
 def promise(row: str, when: str = "") -> Iterator[None]:
     """Name the promise (a row of the contract, or several) that the block checks, and the instance of it.

@@ -26,6 +26,7 @@ from uffd_selftests.common import (
     UffdError,
     eventually,
     expect,
+    expect_errno,
     expect_modes,
     promise,
     refuses,
@@ -72,7 +73,7 @@ def permitted() -> Feature:
     try:
         Uffd.open(Feature.EVENT_FORK).close()
     except UffdError as error:
-        expect(error.errno, EPERM, f"errno of {error.call}")
+        expect_errno(error, EPERM, f"errno of {error.call}")
         return features.without(Feature.EVENT_FORK)
     return features
 

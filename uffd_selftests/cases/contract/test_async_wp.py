@@ -20,6 +20,7 @@ from uffd_selftests.common import (
     Uffd,
     UffdError,
     expect,
+    expect_errno,
     fails,
     huge_area,
     promise,
@@ -248,7 +249,7 @@ def test_async_unprotected(ctx: Context) -> None:
     try:
         ctx.uffd.unprotect(area.page(0))
     except UffdError as error:
-        expect(error.errno, EINVAL, "errno")
+        expect_errno(error, EINVAL, "errno")
         written = set()
     Pagemap.expect_protected(area, {0, 1} - written, "after un-protecting page 0")
     expect_written(area, written, "pages written, after un-protecting page 0")

@@ -22,6 +22,7 @@ from uffd_selftests.common import (
     Uffd,
     combinations,
     expect,
+    expect_errno,
     expect_handle,
     fails,
     flag_names,
@@ -107,7 +108,7 @@ def test_creation_user_mode_only() -> None:
     try:
         uffd = create(UFFD_USER_MODE_ONLY)
     except KernelError as error:
-        expect(error.errno, EINVAL, "CR-04: errno of userfaultfd(UFFD_USER_MODE_ONLY)")
+        expect_errno(error, EINVAL, "CR-04: errno of userfaultfd(UFFD_USER_MODE_ONLY)")
         return
     with uffd, promise("CR-04"):
         uffd.api()

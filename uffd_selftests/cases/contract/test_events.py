@@ -23,6 +23,7 @@ from uffd_selftests.common import (
     Uffd,
     UffdError,
     expect,
+    expect_errno,
     held_up,
     promise,
     refuses,
@@ -55,7 +56,7 @@ def feature_sets() -> Iterator[Feature]:
         Uffd.open(FORK).close()
         events.append(FORK)
     except UffdError as error:
-        expect(error.errno, EPERM, "errno of UFFD_FEATURE_EVENT_FORK for who may not have it")
+        expect_errno(error, EPERM, "errno of UFFD_FEATURE_EVENT_FORK for who may not have it")
     yield Feature(0)
     yield from events
     yield Feature(sum(events))
@@ -322,7 +323,7 @@ def fill_at_last(ctx: Context, page: Range) -> None:
         try:
             ctx.uffd.copy(page.start, ctx.src.start, page.len)
         except UffdError as error:
-            expect(error.errno, EAGAIN, "CP-15: errno")
+            expect_errno(error, EAGAIN, "CP-15: errno")
         else:
             return
     raise AssertionError(f"CP-15: UFFDIO_COPY says EAGAIN for {DEADLINE:g} seconds after the event was read")

@@ -30,6 +30,7 @@ from uffd_selftests.common import (
     bad_ranges,
     eventually,
     expect,
+    expect_errno,
     expect_mappings,
     expect_modes,
     fails,
@@ -171,7 +172,7 @@ def test_register_low_address(ctx: Context) -> None:
     try:
         ctx.uffd.register(low, MISSING)
     except UffdError as error:
-        expect(error.errno, EINVAL, "REG-06, page mapped below vm.mmap_min_addr: errno")
+        expect_errno(error, EINVAL, "REG-06, page mapped below vm.mmap_min_addr: errno")
     else:
         with promise("REG-06"), faulting(ctx.uffd, low.start):
             ctx.uffd.copy(low.start, ctx.src.start, PAGE_SIZE)
@@ -462,7 +463,7 @@ def test_register_sealed() -> None:
             try:
                 sealed = new_mapping(PAGE_SIZE, MAP_SHARED, prot=PROT_READ, fd=fd)
             except KernelError as error:  # before Linux 6.7, F_SEAL_WRITE forbids any shared mapping
-                expect(error.errno, EPERM, f"REG-14, seal {seal}: mmap's errno")
+                expect_errno(error, EPERM, f"REG-14, seal {seal}: mmap's errno")
             else:
                 with promise("REG-14", f"seal {seal}"), refuses(EPERM):
                     uffd.register(sealed, MISSING)
@@ -942,7 +943,7 @@ def drop_wp(ctx: Context) -> bool:
     try:
         ctx.uffd.register(ctx.dst.range, MISSING)
     except UffdError as error:
-        expect(error.errno, EBUSY, "REG-28: errno of dropping WP by UFFDIO_REGISTER")
+        expect_errno(error, EBUSY, "REG-28: errno of dropping WP by UFFDIO_REGISTER")
         expect_modes(ctx.dst.page(0), WP)
         return False
     expect_modes(ctx.dst.page(0), MISSING)

@@ -24,6 +24,7 @@ from uffd_selftests.common import (
     bad_ranges,
     eventually,
     expect,
+    expect_errno,
     expect_mappings,
     expect_modes,
     huge_area,
@@ -270,7 +271,7 @@ def test_unregister_foreign(ctx: Context) -> None:
         try:
             ctx.uffd.unregister(ctx.dst.range)
         except UffdError as error:
-            expect(error.errno, EINVAL, "errno")
+            expect_errno(error, EINVAL, "errno")
             expect_modes(ctx.dst.range, MISSING, UNREGISTERED)
             with faulting(owner, ctx.dst.start):
                 owner.copy(ctx.dst.start, ctx.src.start, ctx.page_size)
