@@ -640,8 +640,9 @@ def test_move_executable(ctx: Context) -> None:
 def test_move_file(ctx: Context) -> None:
     """UFFDIO_MOVE moves anonymous memory only, into anonymous memory only."""
     size = ctx.page_size
-    with closing(ANON.allocate(size // PAGE_SIZE)) as anon:
+    with closing(ANON.allocate(size // PAGE_SIZE)) as anon, closing(ANON.allocate(size // PAGE_SIZE)) as other:
         anon.fill()
+        other.fill()
         ctx.src.fill()
         ctx.uffd.register(ctx.dst.range, MISSING)
         with promise("MV-11", "destination"), refuses(EINVAL):
@@ -656,6 +657,10 @@ def test_move_file(ctx: Context) -> None:
         Pagemap.expect_present(anon)
         Pagemap.expect_present(ctx.dst)
         ctx.src.expect_pattern_of(ctx.src)
+        with promise("MV-11", "neither"):
+            ctx.uffd.move(anon.start, other.start, size)
+            anon.expect_pattern_of(other)
+            Pagemap.expect_present(other)
 
 
 @uffd_case("move-other-process", mem=(ANON,), features=MOVE, pages=2, rows=("MV-15",))
