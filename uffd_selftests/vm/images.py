@@ -67,6 +67,12 @@ def find(origin: str, arch: str) -> Kernel:
     return Kernel(path, _name(path, start, arch), path)
 
 
+def modules(image: Path) -> Path | None:
+    """Return the nearest lib/modules above an image."""
+    places = [parent / place for parent in image.parents for place in ("lib/modules", "usr/lib/modules")]
+    return next((place for place in places if place.is_dir()), None)
+
+
 def distinguish(kernels: Iterable[Kernel]) -> list[Kernel]:
     """Give kernels of the same name different ones: with what the user named, then with a number."""
     return _numbered(_with_origin(list(kernels)))
