@@ -26,8 +26,8 @@ from uffd_selftests.vm import images
 SUITE = "bookworm"
 """The release of Debian that the programs come from."""
 PACKAGES = (
-    *("base-files", "base-passwd", "bash", "coreutils", "dash", "grep", "sed", "mount", "util-linux", "procps"),  # for virtme-ng's init
-    *("busybox-static", "iproute2", "kmod", "udev"),
+    *("base-files", "base-passwd", "bash", "busybox-static", "coreutils", "dash", "grep", "iproute2", "kmod"),
+    *("mount", "procps", "sed", "udev", "util-linux"),
     *("python3", "libpython3-dev"),  # its headers are for the native part
 )
 PYTHON = "/usr/bin/python3"
@@ -131,9 +131,10 @@ def _make_root(root: Path, toolchain: Toolchain, requirements: list[str]) -> Non
         (root / link).symlink_to(target)
     for name in ("passwd", "group"):
         shutil.copy(root / f"usr/share/base-passwd/{name}.master", root / "etc" / name)
-    for name in ("fstab", "hosts", "shadow", "sudoers"):  # places to mount over
+    for name in ("fstab", "hosts", "shadow", "sudoers"):  # like the folders: places to mount over
         (root / "etc" / name).touch()
-    (root / "lib/modules").mkdir(exist_ok=True)
+    for name in ("opt", "srv", "etc/lvm", "lib/modules"):
+        (root / name).mkdir(exist_ok=True)
     library = next(root.glob("usr/lib/python3.*"))
     packages = root / "usr/local/lib" / library.name / "dist-packages"
     version = library.name.removeprefix("python")

@@ -51,6 +51,7 @@ FOREIGN_FILES = """
 set -e
 mkdir /run/{host}
 mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=512000,cache=loose {host} /run/{host}
+for folder in /usr /lib; do mount --bind "/run/{host}"{root}"$folder" "$folder"; done
 for folder in {folders}; do mkdir -p "$folder"; mount --bind "/run/{host}$folder" "$folder"; done
 mount --bind "/run/{host}"{module} {built}
 for folder in {modules}; do mount --bind "/run/{host}$folder" /lib/modules; done
@@ -157,6 +158,7 @@ def _foreign_script(kernel: Kernel, own: Userland, arguments: Sequence[str]) -> 
     found = modules(kernel.path)
     return FOREIGN_FILES.format(
         host=HOST,
+        root=shlex.quote(str(own.root)),
         folders=shlex.join(map(str, folders)),
         module=shlex.quote(str(own.module)),
         built=shlex.quote(str(userland.BUILT)),
