@@ -78,6 +78,14 @@ def test_image(tmp_path: Path) -> None:
     assert images.find(str(image), "x86_64") == images.Kernel(image, "6.99.0-test", image)
 
 
+def test_arm64_image(tmp_path: Path) -> None:
+    """The release of an arm64 image is where its first message is; of a compressed one the file's name has to do."""
+    image, packed = tmp_path / "Image", tmp_path / "vmlinuz-6.99.0-16k"
+    image.write_bytes(bytes(0x38) + b"ARM\x64" + bytes(0x30000) + b"Linux version 6.99.0-rc1+ (someone@somewhere)")
+    packed.write_bytes(b"\x1f\x8b rubbish")
+    assert [images.find(str(path), "arm64").name for path in (image, packed)] == ["6.99.0-rc1+", "6.99.0-16k"]
+
+
 def test_build_tree(tmp_path: Path) -> None:
     """A build tree is booted as such, for its modules, and named by the release it was built as."""
     write_image(tmp_path / "arch/x86/boot/bzImage", "6.99.0")
@@ -201,7 +209,7 @@ def test_missing_tools(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vng, "native", lambda: "x86_64")
     monkeypatch.setenv("PATH", str(tools))
     assert vng.missing("x86_64") is None
-    packages = "qemu-system-arm mmdebstrap gcc-aarch64-linux-gnu"
+    packages = "qemu-system-arm mmdebstrap gcc-aarch64-linux-gnu binutils"
     assert vng.missing("arm64") == f"missing for --kernel: apt-get install {packages}"
     for name in ("qemu-system-x86_64", "udevadm"):
         (tools / name).unlink()
@@ -264,7 +272,7 @@ def test_foreign_usage_error(
 ) -> None:  # fmt: skip
     """What cannot be done for another architecture is said in one line, and nothing half made stays."""
     toolchain = userland.TOOLCHAINS["arm64"]
-    for name in (vng.QEMU["arm64"][0], toolchain.compiler):
+    for name in (vng.QEMU["arm64"][0], toolchain.compiler, "strings"):
         shutil.copy(tools / "vng", tools / name)
     (tools / "mmdebstrap").write_text("#!/bin/sh\necho 'I: working' >&2; echo 'E: no such suite' >&2; exit 1\n")
     (tools / "mmdebstrap").chmod(0o755)

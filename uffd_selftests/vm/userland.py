@@ -74,9 +74,9 @@ class Userland:
 
 
 def tools(arch: str) -> dict[str, str]:
-    """Return the programs that make it, and Debian's packages of them."""
+    """Return the programs that make and boot it, and Debian's packages of them."""
     toolchain = TOOLCHAINS[arch]
-    return {"mmdebstrap": "mmdebstrap", toolchain.compiler: toolchain.package}
+    return {"mmdebstrap": "mmdebstrap", toolchain.compiler: toolchain.package, "strings": "binutils"}
 
 
 def prepare(arch: str, say: Callable[[str], None]) -> Userland:
