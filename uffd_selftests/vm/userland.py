@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -120,12 +121,14 @@ def _requirements() -> list[str]:
 
 def _make_root(root: Path, toolchain: Toolchain, requirements: list[str]) -> None:
     """Unpack Debian's packages and Python's into a folder, and do what their scripts would do that is needed here."""
-    tar = root.parent / "packages.tar"
+    scratch = root.parent
+    tar = scratch / "packages.tar"
     _run(
+        scratch,
         *("mmdebstrap", "--quiet", "--mode=chrootless", "--variant=extract", f"--architectures={toolchain.debian}"),
         *(f"--include={','.join(PACKAGES)}", SUITE, str(tar)),
     )
-    _run("tar", "--extract", "--no-same-owner", "--exclude=./dev/*", f"--directory={root}", f"--file={tar}")
+    _run(scratch, "tar", "--extract", "--no-same-owner", "--exclude=./dev/*", f"--directory={root}", f"--file={tar}")
     for link, target in (("bin/sh", "dash"), ("sbin/poweroff", "/bin/busybox")):
         (root / link).unlink(missing_ok=True)
         (root / link).symlink_to(target)
@@ -140,7 +143,7 @@ def _make_root(root: Path, toolchain: Toolchain, requirements: list[str]) -> Non
     version = library.name.removeprefix("python")
     pip = [sys.executable, "-I", "-m", "pip", "install", "--quiet", "--only-binary=:all:", "--no-compile"]
     platforms = [f"--platform={policy}_{toolchain.wheels}" for policy in ("manylinux_2_17", "manylinux2014")]
-    _run(*pip, f"--target={packages}", f"--python-version={version}", *platforms, *requirements)
+    _run(scratch, *pip, f"--target={packages}", f"--python-version={version}", *platforms, *requirements)
     if version == "{}.{}".format(*sys.version_info):  # else the guest does without
         compileall.compile_dir(library, stripdir=root, prependdir="/", quiet=2)
         compileall.compile_dir(packages, stripdir=root, prependdir="/", quiet=2)
@@ -156,19 +159,27 @@ def _build(folder: Path, toolchain: Toolchain, root: Path) -> None:
     own = [path for path in sorted(NATIVE.glob("*.c")) if path.name != generated.name]
     headers = next(root.glob("usr/include/python3.*"))
     _run(
+        folder.parent,
         *(toolchain.compiler, f"--sysroot={root}", "-shared", "-fPIC", "-pthread", "-std=gnu11", "-O2"),
         *("-DPy_LIMITED_API=0x030A0000", f"-I{headers}", f"-I{NATIVE}", "-o", str(folder / BUILT.name)),
         *map(str, [generated, *own]),
     )
 
 
-def _run(*command: str) -> None:
-    """Run a program; raises ValueError with the first thing that it complains about."""
-    result = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
-        env={**os.environ, "LC_ALL": "C"},
-    )  # fmt: skip
-    if result.returncode:
-        lines = [line for line in result.stderr.splitlines() if line.strip()]
+def _run(folder: Path, *command: str) -> None:
+    """Run a program, with its temporary files in a folder; raises ValueError with the first thing it complains of."""
+    environment = {**os.environ, "LC_ALL": "C", "TMPDIR": str(folder)}
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=environment, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            output, _ = process.communicate()
+        except BaseException:  # Ctrl-C: it and whatever it started
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode:
+        lines = [line.strip() for line in output.splitlines() if line.strip()]
         why = next((line for line in lines if "error" in line.lower() or line.startswith("E:")), (lines or [""])[-1])
-        raise ValueError(f"{Path(command[0]).name} failed: {why.strip()}")
+        raise ValueError(f"{Path(command[0]).name} failed: {why}")
