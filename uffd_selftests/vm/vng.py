@@ -77,7 +77,7 @@ COMMAND_LINE = (
 EMULATED = ("tsc=unstable", "clocksource=hpet")
 """On a busy host the guest misjudges its TSC, and its clock runs several times too fast."""
 PROCESSORS = {"arm64": "cortex-a76"}
-"""What is emulated of another architecture than the host's; virtme-ng's own choice has no pages of 16 kB."""
+"""What is emulated, where virtme-ng's own choice will not do: that of arm64 has no pages of 16 kB."""
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,10 @@ def command(kernel: Kernel, shape: Shape, accelerator: str, results: Path, argum
     call += ["--rwdir", shlex.quote(f"{RESULTS}={results}"), "--append", " ".join(line)]
     if accelerator == TCG:
         call.append("--disable-kvm")
-    qemu = []
+    qemu = ["-cpu", PROCESSORS[shape.arch]] if accelerator == TCG and shape.arch in PROCESSORS else []
     if shape.userland:
         root, busybox = shlex.quote(str(shape.userland.root)), shlex.quote(str(shape.userland.busybox))
         call += ["--cwd", root, "--arch", shape.arch, "--root", root, "--busybox", busybox, "--no-virtme-ng-init"]
-        qemu += ["-cpu", PROCESSORS[shape.arch]]
     else:
         call += ["--cwd", "/"]
     qemu += ["-fsdev", f"local,id={HOST},path=/,security_model=none,readonly=on,multidevs=remap"]
