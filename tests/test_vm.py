@@ -288,6 +288,13 @@ def test_foreign_usage_error(
     assert not list(tmp_path.glob("cache/uffd-selftests/*"))
 
 
+def test_strange_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that virtme-ng's shell would take apart is refused."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "/a b")
+    with pytest.raises(ValueError, match="cannot take a root folder in /a b/uffd-selftests: name another in XDG_"):
+        userland.prepare("arm64", print)
+
+
 def test_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was made is kept until it would be made in another way."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

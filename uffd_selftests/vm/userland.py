@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import inspect
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -82,6 +83,8 @@ def tools(arch: str) -> dict[str, str]:
 
 def prepare(arch: str, say: Callable[[str], None]) -> Userland:
     """Return the programs for an architecture, made now if need be; raises ValueError when they cannot be made."""
+    if shlex.quote(str(images.cache())) != str(images.cache()):
+        raise ValueError(f"virtme-ng cannot take a root folder in {images.cache()}: name another in XDG_CACHE_HOME")
     toolchain = TOOLCHAINS[arch]
     wanted = _requirements()
     recipe = [inspect.getsource(_make_root), SUITE, *PACKAGES, *wanted]

@@ -127,7 +127,7 @@ def command(kernel: Kernel, shape: Shape, accelerator: str, results: Path, argum
         call.append("--disable-kvm")
     qemu = ["-cpu", PROCESSORS[shape.arch]] if accelerator == TCG and shape.arch in PROCESSORS else []
     if shape.userland:
-        root, busybox = shlex.quote(str(shape.userland.root)), shlex.quote(str(shape.userland.busybox))
+        root, busybox = str(shape.userland.root), str(shape.userland.busybox)
         call += ["--cwd", root, "--arch", shape.arch, "--root", root, "--busybox", busybox, "--no-virtme-ng-init"]
     else:
         call += ["--cwd", "/"]
