@@ -224,14 +224,17 @@ def test_command(tools: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setenv("PATH", str(tools))
     kernel = images.Kernel(tmp_path / "a tree", "6.99", tmp_path / "a tree")
     shape = vng.Shape(memory="2G", cpus=2, append=("quiet",), qemu=("-cpu", "max,-la57"))
-    call = vng.command(kernel, shape, vng.TCG, tmp_path / "out put", ["-k", "move and anon"])
+    results = tmp_path / "out put"
+    results.mkdir()
+    call = vng.command(kernel, shape, vng.TCG, results, ["-k", "move and anon"])
     assert call[call.index("--run") + 1] == f"'{tmp_path}/a tree'"
     assert call[call.index("--memory") + 1 :][:3] == ["2G", "--cpus", "2"]
     assert call[call.index("--rwdir") + 1] == f"'{vng.RESULTS}={tmp_path}/out put'"
     assert call[call.index("--append") + 1].endswith(" tsc=unstable clocksource=hpet quiet")
     assert "--disable-kvm" in call
     assert call[-4:-2] == ["--qemu-opts=-cpu", "--qemu-opts=max,-la57"]
-    assert call[-1].endswith("-m uffd_selftests.vm.guest -k 'move and anon'\n")
+    assert call[-1] == f"sh {vng.RESULTS}/guest.sh"
+    assert (results / "guest.sh").read_text().endswith("-m uffd_selftests.vm.guest -k 'move and anon'\n")
     assert not {"--disable-kvm", "tsc=unstable"} & set(vng.command(kernel, shape, vng.KVM, tmp_path, []))
 
 
@@ -245,11 +248,11 @@ def test_foreign_command(tools: Path, monkeypatch: pytest.MonkeyPatch, tmp_path:
     own = userland.Userland(tmp_path / "root", tmp_path / "native.so")
     shape = vng.Shape("arm64", userland=own)
     kernel = images.Kernel(image, "6.99", image)
-    call = vng.command(kernel, shape, vng.TCG, tmp_path / "out", ["-k", "move", "--", f"{tests}/test_mine.py::test_a"])
+    call = vng.command(kernel, shape, vng.TCG, tmp_path, ["-k", "move", "--", f"{tests}/test_mine.py::test_a"])
     assert call[call.index("--arch") + 1 :][:5] == ["arm64", "--root", f"{own.root}", "--busybox", f"{own.busybox}"]
     assert "--qemu-opts=cortex-a76" in call
     assert "tsc=unstable" not in call[call.index("--append") + 1]
-    script = call[-1]
+    script = (tmp_path / "guest.sh").read_text()
     assert f"for folder in {vng.PROJECT} '{tests}'; do" in script
     assert f'mount --bind "/run/uffd-host"{tmp_path}/native.so {userland.BUILT}' in script
     assert f"for folder in {tmp_path}/lib/modules; do" in script

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A run in other kernels: one KTAP document with a subtest for each kernel, one folder for each below ``-o DIR``.
 
-A kernel's folder has the files of a run of the suite (harness/reporter.py) and console.txt: what the kernel and
-virtme-ng said. Of a kernel that died, results.json has what came out of it; like the KTAP it blames the case that was
-running and skips the rest.
+A kernel's folder has the files of a run of the suite (harness/reporter.py), guest.sh, which began it, and console.txt:
+what the kernel and virtme-ng said. Of a kernel that died, results.json has what came out of it; like the KTAP it blames
+the case that was running and skips the rest.
 """
 
 from __future__ import annotations

@@ -61,6 +61,8 @@ exec env PYTHONPATH={project} {python} -m uffd_selftests.vm.guest {arguments}
 
 RESULTS = "/tmp/uffd-results"  # a folder of the guest
 """Where the guest finds its results folder."""
+SCRIPT = "guest.sh"
+"""What the guest does, in its results folder: virtme-ng's way is the kernel's command line, which has 2048 bytes."""
 
 NEEDLESS_MODULES = (
     *("acpi_cpufreq", "aesni_intel", "ahci", "button", "ccp", "crc32_pclmul", "crct10dif_pclmul", "edac_mce_amd"),
@@ -116,7 +118,10 @@ def kvm_present() -> bool:
 
 
 def command(kernel: Kernel, shape: Shape, accelerator: str, results: Path, arguments: Sequence[str]) -> list[str]:
-    """Return the call that boots a kernel and runs the suite in it, with one writable folder."""
+    """Return the call that boots a kernel and runs the suite in it, with one writable folder, where the script goes.
+
+    Raises OSError when that cannot be written.
+    """
     clock = EMULATED if accelerator == TCG and shape.arch == "x86_64" else ()
     line = [*COMMAND_LINE, *clock, *map(shlex.quote, shape.append)]
     call = [program() or "vng", "--verbose", "--run", shlex.quote(str(kernel.path))]
@@ -134,7 +139,9 @@ def command(kernel: Kernel, shape: Shape, accelerator: str, results: Path, argum
     qemu += ["-fsdev", f"local,id={HOST},path=/,security_model=none,readonly=on,multidevs=remap"]
     qemu += ["-device", f"virtio-9p-pci,fsdev={HOST},mount_tag={HOST}", *shape.qemu]
     call += [f"--qemu-opts={shlex.quote(each)}" for each in qemu]
-    return [*call, "--", _foreign_script(kernel, shape.userland, arguments) if shape.userland else _script(arguments)]
+    script = _foreign_script(kernel, shape.userland, arguments) if shape.userland else _script(arguments)
+    (results / SCRIPT).write_text(script)
+    return [*call, "--", f"sh {RESULTS}/{SCRIPT}"]
 
 
 def _script(arguments: Sequence[str]) -> str:
