@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Build the kernel's own uffd-unit-tests, and read what they print."""
+"""Build the kernel's own userfaultfd tests, or a program of ours with their code, and read what they print."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 SOURCE_TARBALL = Path("/usr/src/linux-source-6.12.tar.xz")
 SOURCE_PACKAGE = "linux-source-6.12"
 PROGRAM = "uffd-unit-tests"
+FAULTS = "upstream_faults"
 
 SELFTESTS = "tools/testing/selftests"
 # What the program and the headers it needs are made of.
@@ -29,9 +34,9 @@ PARTS = (
     f"{SELFTESTS}/mm",
     "usr",
 )
-# The sources; which of the helpers there are depends on the version.
+MAIN = f"{SELFTESTS}/mm/uffd-unit-tests.c"
+# The other sources; which of the helpers there are depends on the version.
 SOURCES = (
-    f"{SELFTESTS}/mm/uffd-unit-tests.c",
     f"{SELFTESTS}/mm/uffd-common.c",
     f"{SELFTESTS}/mm/vm_util.c",
     f"{SELFTESTS}/mm/thp_settings.c",
@@ -54,22 +59,49 @@ def build(folder: Path, tree: Path | None) -> Path:
     Both are left as they are; a program that is there already is taken.  Raises UpstreamError.
     """
     program = folder / PROGRAM
-    if program.is_file():
-        return program
+    if not program.is_file():
+        source = _prepare(folder, tree)
+        _compile(program, source, [MAIN])
+    return program
+
+
+def build_faults(folder: Path, tree: Path | None) -> Path:
+    """Build upstream_faults.c with upstream's fault handler below folder, likewise."""
+    program = folder / FAULTS
+    here = Path(__file__).resolve().parent
+    sources = [here / f"{FAULTS}.c", here / "loop.c", here / "loop.h"]
+    if not program.is_file() or program.stat().st_mtime < max(path.stat().st_mtime for path in sources):
+        source = _prepare(folder, tree)
+        if "uffd_global_test_opts" in (source / SELFTESTS / "mm/uffd-common.h").read_text():
+            raise UpstreamError(f"upstream's handler takes other arguments since Linux 6.18: use {SOURCE_PACKAGE}")
+        _compile(program, source, [*map(str, sources[:2]), f"-I{source / SELFTESTS / 'mm'}"])
+    return program
+
+
+def _prepare(folder: Path, tree: Path | None) -> Path:
+    """Have the needed parts of a kernel tree below folder, with its headers made; return the place."""
     source = folder / "linux"
+    done = source / SELFTESTS / "mm/local_config.h"  # the last file that is made
+    if done.is_file():
+        return source
     source.mkdir(parents=True, exist_ok=True)
     if tree:
         _copy(tree, source)
     else:
         _unpack(source)
     _run("make", f"ARCH={_arch()}", f"-j{os.cpu_count()}", "headers", cwd=source)
-    (source / SELFTESTS / "mm/local_config.h").touch()
+    done.touch()
+    return source
+
+
+def _compile(program: Path, source: Path, own: Sequence[str]) -> None:
+    """Compile and link what is given and upstream's helpers."""
     options = ["-O2", "-w", "-D_GNU_SOURCE=", "-U_FORTIFY_SOURCE", "-pthread"]
     options += ["-I.", "-Itools/lib", f"-I{SELFTESTS}", "-isystem", "usr/include", "-isystem", "tools/include/uapi"]
     sources = [name for name in SOURCES if (source / name).is_file()]
     draft = program.with_suffix(".new")  # an interrupted build leaves no program
-    _run("cc", *options, *sources, "-lrt", "-lm", "-o", str(draft), cwd=source)
-    return draft.rename(program)
+    _run("cc", *options, *own, *sources, "-lrt", "-lm", "-o", str(draft), cwd=source)
+    draft.rename(program)
 
 
 def _arch() -> str:
@@ -88,8 +120,8 @@ def _arch() -> str:
 
 def _copy(tree: Path, to: Path) -> None:
     """Copy the needed parts of a kernel tree, without what was built in it."""
-    if not (tree / SOURCES[0]).is_file():
-        raise UpstreamError(f"--kernel-tree {tree}: no {SOURCES[0]} there")
+    if not (tree / MAIN).is_file():
+        raise UpstreamError(f"--kernel-tree {tree}: no {MAIN} there")
     for part in PARTS:
         for path in tree.glob(part.format(arch=_arch())):
             target = to / path.relative_to(tree)

@@ -56,6 +56,7 @@ ONE_OF_EACH = """
         (["extra"], "unrecognized arguments: extra"),
         (["--dead", "3"], "unrecognized arguments: --dead"),
         (["-n", "many"], "argument -n: 'many' is neither a number nor auto"),
+        (["-n", "1000000"], "argument -n: 1000000 processes are too many for this machine: at most "),
         (["-n", "-1"], "argument -n: '-1' is neither a number nor auto"),
         (["--deadline", "soon"], "--deadline: 'soon' is not a positive number"),
         (["--deadline", "0"], "--deadline: '0' is not a positive number"),

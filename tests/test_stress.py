@@ -41,7 +41,7 @@ HANGS = {Sabotage.DROP_FAULT, Sabotage.DROP_WP_FAULT, Sabotage.SKIP_WAKE}
 
 def patience(sabotage: Sabotage) -> float:
     """Return the seconds without progress after which a bounce is given up: no longer than needed where that comes."""
-    return DEADLINE / 10 if sabotage in HANGS else DEADLINE
+    return DEADLINE / 5 if sabotage in HANGS else DEADLINE
 
 
 CAUGHT = {

@@ -626,9 +626,13 @@ def test_old_results_are_gone(lab: Lab) -> None:
     assert (document["results"], document["interrupted"]) == ([], "the kernel never said anything")
 
 
-def test_page(lab: Lab) -> None:
-    """A page shows the kernels side by side, dead ones too."""
+def test_overviews(lab: Lab) -> None:
+    """A page shows the kernels side by side, dead ones too, and so does junit.xml."""
     lab.run(DIES, "exit 1")
+    junit = (lab.folder / "junit.xml").read_text()
+    assert 'name="move on shmem"' in junit
+    assert 'message="ERROR kernel panic: Fatal' in junit
+    assert 'classname="6.99.2.uffd-selftests" name="run"' in junit
     page = (lab.folder / "report.html").read_text()
     assert "6.99.1" in page
     assert "6.99.2" in page

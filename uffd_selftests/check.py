@@ -23,11 +23,11 @@ STEPS: dict[str, tuple[str, ...]] = {
         *("cc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread", "-o", "/dev/null"),
         *(f"uffd_selftests/native/{name}.c" for name in ("uffd", "races", "stress")),
     ),
-    "shellcheck": ("shellcheck", "run_tests.sh", ".ci/run"),
+    "shellcheck": ("shellcheck", "run_tests.sh", ".ci/run", "ci/kselftest/install.sh", "ci/lava/ktap-to-lava.sh"),
+    "suite in other kernels": (sys.executable, "-m", "uffd_selftests.vm.check"),
     "harness tests": (*PYTEST, "tests"),
     "suite": PYTEST,
     "suite with two workers": (*PYTEST, "-n", "2"),
-    "suite in other kernels": (sys.executable, "-m", "uffd_selftests.vm.check"),
 }
 
 

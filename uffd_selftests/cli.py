@@ -29,7 +29,13 @@ PROGRAM = "uffd-selftests"
 PACKAGE = Path(__file__).resolve().parent
 CASES = PACKAGE / "cases"
 
+FORMATS = ("junit", "kcidb", "summary")
+"""The commands that make other formats of results (docs/ci.md)."""
+
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOTHING = 0, 1, 2, 4
+
+MAX_WORKERS_PER_CPU = 16
+"""More of them would only keep the machine from everything else."""
 
 OUTPUT_TAIL = 20
 """How many lines of pytest's own output are shown when pytest gives up."""
@@ -50,7 +56,8 @@ def parser() -> Parser:
     result.description = "Test the running kernel's userfaultfd."
     result.epilog = (
         "Arguments after -- go to pytest; a path among them replaces the suite's cases. "
-        f"'{PROGRAM} report' makes a page of the results of runs: '{PROGRAM} report --help'."
+        f"'{PROGRAM} report' makes a page of the results of runs: '{PROGRAM} report --help'; "
+        f"{', '.join(FORMATS)} make what CI systems read."
     )
     add = result.add_argument
     add("-l", "--list", action="store_true", help="list the results that a run would produce")
@@ -58,7 +65,7 @@ def parser() -> Parser:
         help="only cases whose name has SUBSTR, or results if it has ' on ' (can be repeated)")  # fmt: skip
     add("-k", dest="keyword", metavar="EXPR", help="only results that pytest's -k would choose: 'move and not hugetlb'")
     add("-n", dest="workers", metavar="N", type=_workers, default="0", help="run in N processes, or auto")
-    add("-o", "--output", metavar="DIR", type=Path, help=f"write {', '.join(FILES)} and junit.xml into DIR")
+    add("-o", "--output", metavar="DIR", type=Path, help=f"write {', '.join(FILES)} into DIR")
     add("--probe", action="store_true", help="say what this kernel can do instead, and for whom that is enough")
     add("--json", action="store_true", help="with --probe: as JSON (docs/probe.md)")
     add("--documented-only", action="store_true", help="leave out what only the kernel's source promises")
@@ -74,6 +81,9 @@ def parser() -> Parser:
 
 
 def _workers(text: str) -> str:
+    most = MAX_WORKERS_PER_CPU * (os.cpu_count() or 1)
+    if text.isdecimal() and int(text) > most:
+        raise argparse.ArgumentTypeError(f"{text} processes are too many for this machine: at most {most}")
     if text == "auto" or text.isdecimal():
         return text
     raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto")
@@ -86,6 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from uffd_selftests.report.command import main as report  # noqa: PLC0415  # a run does without
 
         return report(arguments[1:])
+    if arguments and arguments[0] in FORMATS:
+        from uffd_selftests.formats.command import main as convert  # noqa: PLC0415  # a run does without
+
+        return convert(arguments[0], arguments[1:])
     passed: list[str] = []
     if "--" in arguments:
         split = arguments.index("--")
@@ -142,7 +156,7 @@ def _make_ready(folder: Path) -> None:
     """Make a folder for the reports, without those of an earlier run; raises ValueError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (*FILES, "junit.xml", STRESS_LOG):
+        for name in (*FILES, STRESS_LOG):
             (folder / name).write_text("")
             (folder / name).unlink()
     except OSError as error:
@@ -204,7 +218,7 @@ def _pytest_arguments(args: argparse.Namespace, passed: list[str], ktap_fd: int)
         yield from ("-p", "xdist.plugin", "-n", args.workers, "--dist", "worksteal")
     if args.output and not args.list:
         folder = args.output.resolve()
-        yield from (f"--report-dir={folder}", f"--junitxml={folder / 'junit.xml'}")
+        yield f"--report-dir={folder}"
     if not passed:
         yield "--progress"
         for name in ("cacheprovider", "logging", "threadexception", "unraisableexception"):  # each costs every case

@@ -1111,6 +1111,13 @@ class Pagemap:
         expect(present, sorted(pages), f"pages of the {area.mem.name} area that are mapped")
 
 
+
+def require_soft_dirty(written: int) -> None:
+    """Skip unless the page at this address, just written, shows as soft-dirty: not every kernel has such bits."""
+    if not Pagemap.entry(written) & uapi.PM_SOFT_DIRTY:
+        raise Skip("no soft-dirty bits: boot a kernel with CONFIG_MEM_SOFT_DIRTY")
+
+
 def page_out(where: Range, gone: Callable[[], bool]) -> None:
     """Have pages written to swap (MADV_PAGEOUT) until ``gone`` says so; Skip where the kernel keeps them."""
     end = time.monotonic() + DEADLINE / 10

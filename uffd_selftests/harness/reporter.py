@@ -11,6 +11,8 @@ environment.json
     What was found on the machine and what was changed there; a part of results.json, too.
 dmesg.txt
     What the kernel logged during the run.
+junit.xml
+    results.json for CI systems.
 stress.log
     A line for each bounce of a stress case (in a long run, two a second): result, seed, mode, what each thread did.
 report.html
@@ -47,7 +49,7 @@ KMSG = "/dev/kmsg"
 NOTE = "uffd-selftests: case "
 """What stands before the name of a case that begins, in the kernel's log."""
 
-FILES = ("results.tap", "results.json", "environment.json", "dmesg.txt", "report.html")
+FILES = ("results.tap", "results.json", "environment.json", "dmesg.txt", "junit.xml", "report.html")
 
 
 class Reporter:
@@ -153,10 +155,19 @@ class Reporter:
         for name, content in documents.items():
             text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
             try:
-                (self._folder / name).write_text(text)
+                (self._folder / name).write_text(text, "utf-8", "surrogateescape")
             except OSError:
                 (self._folder / name).unlink(missing_ok=True)
                 raise
+
+    def write_junit(self) -> None:
+        """Write junit.xml from results.json; raises OSError, leaving no half file."""
+        if self._folder:
+            from uffd_selftests.formats import junit  # noqa: PLC0415  # few runs want it
+            from uffd_selftests.report import model  # noqa: PLC0415
+
+            run = model.load(self._folder / "results.json")
+            self.write_files({"junit.xml": junit.document([run]).decode()})
 
     def write_page(self) -> None:
         """Write report.html from results.json; one that cannot be made is no failure of the run."""

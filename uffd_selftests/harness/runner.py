@@ -218,6 +218,10 @@ def _fill_in(item: pytest.Item, ending: Ending, reports: list[pytest.TestReport]
             reports.append(_passed(item, "call", record.seconds))
             if reason := plain.expected(item):
                 reports[-1].wasxfail = reason
+        elif isinstance(record, plain.Expected):
+            failure = _passed(item, "call", record.seconds)
+            failure.outcome, failure.longrepr, failure.wasxfail = "skipped", record.text, plain.expected(item)
+            reports.append(failure)
     reports.insert(0, _passed(item, "setup"))
     if ending.how is How.DONE:
         reports.append(_passed(item, "teardown"))

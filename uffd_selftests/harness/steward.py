@@ -134,7 +134,7 @@ class Steward:
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, None, None]:
-        """End the run when xdist's workers are gone and junit.xml is written, or cannot be."""
+        """End the run when xdist's workers are gone and pytest's own files are written, or cannot be."""
         failure: OSError | None = None
         try:
             yield
@@ -159,6 +159,7 @@ class Steward:
         self._reporter.finish(ended_by)
         try:
             self._reporter.write_files(self._documents(ended_by, int(session.exitstatus)))
+            self._reporter.write_junit()
         except OSError as error:
             failure = error
         if self._reporter.complain(failure) and session.exitstatus == pytest.ExitCode.OK:

@@ -294,16 +294,14 @@ struct uffd_handler {
 	struct { uint64_t start, end; unsigned int source; } gone[MAX_GONE];
 	unsigned int nr_gone;
 
-	pthread_mutex_t lock;		/* of what Python may ask while the thread runs */
-	struct uffd_stats stats;
+	struct uffd_stats stats;	/* only the thread counts; Python may ask meanwhile */
+	pthread_mutex_t lock;		/* of the failure, for which it may ask, too */
 	struct uffd_failure failure;
 };
 
-static void count(struct uffd_handler *h, uint64_t *counter)
+static void count(uint64_t *counter)
 {
-	pthread_mutex_lock(&h->lock);
-	++*counter;
-	pthread_mutex_unlock(&h->lock);
+	__atomic_store_n(counter, *counter + 1, __ATOMIC_RELEASE);
 }
 
 static void release(struct uffd_handler *h, unsigned int source)
@@ -469,20 +467,20 @@ static bool resolve(struct uffd_handler *h, const struct msg *msg, unsigned int 
 	if (!err && r.output && output != (int64_t)at.len) {
 		fail(h, source, (struct uffd_failure){ UFFD_SHORT_OUTPUT, 0, r.code, at.start, output });
 	} else if (!err) {
-		count(h, &h->stats.resolved);
+		count(&h->stats.resolved);
 		if (h->config.retry && (action == UFFD_COPY || action == UFFD_ZEROPAGE || action == UFFD_CONTINUE))
 			retry(h, source, &r, offset);
 	} else if (err == EEXIST) {
 		/* Whoever was first has woken who slept then; this thread came later. */
-		count(h, &h->stats.eexist);
+		count(&h->stats.eexist);
 		wake(h, source, at);
 	} else if (err == EAGAIN) {
 		if (action == UFFD_CONTINUE && h->config.flip)
 			flip(h->config.flip + offset, h->config.unit);
-		count(h, &h->stats.eagain);
+		count(&h->stats.eagain);
 		return false;
 	} else if (is_gone(h, source, at.start, err)) {
-		count(h, &h->stats.gone);
+		count(&h->stats.gone);
 		wake(h, source, at);
 	} else {
 		fail(h, source, (struct uffd_failure){ UFFD_IOCTL_FAILED, err, r.code, at.start, output });
@@ -494,18 +492,16 @@ static void pagefault(struct uffd_handler *h, const struct msg *msg, unsigned in
 {
 	uint64_t flags = msg->arg.pagefault.flags;
 
-	pthread_mutex_lock(&h->lock);
 	if (flags & FLAG_RWP)
-		h->stats.rwp++;
+		count(&h->stats.rwp);
 	else if (flags & FLAG_WP)
-		h->stats.wp++;
+		count(&h->stats.wp);
 	else if (flags & FLAG_MINOR)
-		h->stats.minor++;
+		count(&h->stats.minor);
 	else
-		h->stats.missing++;
+		count(&h->stats.missing);
 	if (!(flags & (FLAG_RWP | FLAG_WP | FLAG_MINOR)) && flags & FLAG_WRITE)
-		h->stats.write++;
-	pthread_mutex_unlock(&h->lock);
+		count(&h->stats.write);
 
 	if (resolve(h, msg, source))
 		return;
@@ -531,15 +527,14 @@ static void handle(struct uffd_handler *h, const struct msg *msg, unsigned int s
 {
 	unsigned int child = h->nr_uffds;
 
-	pthread_mutex_lock(&h->lock);
 	if (h->stats.logged < h->config.log_size && !(h->config.log_events_only && msg->event == EVENT_PAGEFAULT)) {
-		struct uffd_message *entry = &h->config.log[h->stats.logged++];
+		struct uffd_message *entry = &h->config.log[h->stats.logged];
 
 		memcpy(entry->bytes, msg, sizeof(*msg));
 		entry->source = source;
+		count(&h->stats.logged);
 	}
-	h->stats.messages++;
-	pthread_mutex_unlock(&h->lock);
+	count(&h->stats.messages);
 
 	if (h->failure.kind != UFFD_OK) {
 		release(h, source);
@@ -550,7 +545,7 @@ static void handle(struct uffd_handler *h, const struct msg *msg, unsigned int s
 		pagefault(h, msg, source);
 		break;
 	case EVENT_FORK:
-		count(h, &h->stats.fork);
+		count(&h->stats.fork);
 		if (child == MAX_UFFDS) {
 			close(msg->arg.fork.ufd);
 			fail(h, source, (struct uffd_failure){ UFFD_TOO_MANY, 0, 0, 0, MAX_UFFDS });
@@ -561,12 +556,12 @@ static void handle(struct uffd_handler *h, const struct msg *msg, unsigned int s
 		h->nr_uffds = child + 1;
 		break;
 	case EVENT_REMAP:
-		count(h, &h->stats.remap);
+		count(&h->stats.remap);
 		if (msg->arg.remap.from == h->dst[source])
 			h->dst[source] = msg->arg.remap.to;
 		break;
 	case EVENT_REMOVE:
-		count(h, &h->stats.remove);
+		count(&h->stats.remove);
 		if (h->config.unregister_removed) {
 			struct range range = { msg->arg.remove.start, msg->arg.remove.end - msg->arg.remove.start };
 
@@ -579,7 +574,7 @@ static void handle(struct uffd_handler *h, const struct msg *msg, unsigned int s
 		}
 		break;
 	case EVENT_UNMAP:
-		count(h, &h->stats.unmap);
+		count(&h->stats.unmap);
 		note_gone(h, source, msg->arg.remove.start, msg->arg.remove.end);
 		break;
 	default:
@@ -712,9 +707,12 @@ void uffd_handler_stop(struct uffd_handler *h)
 
 void uffd_handler_stats(struct uffd_handler *h, struct uffd_stats *stats)
 {
-	pthread_mutex_lock(&h->lock);
-	*stats = h->stats;
-	pthread_mutex_unlock(&h->lock);
+	const uint64_t *from = (const uint64_t *)&h->stats;
+	uint64_t *to = (uint64_t *)stats;
+
+	_Static_assert(sizeof(*stats) % sizeof(*to) == 0, "struct uffd_stats is counters and nothing else");
+	for (size_t i = 0; i < sizeof(*stats) / sizeof(*to); i++)
+		to[i] = __atomic_load_n(&from[i], __ATOMIC_ACQUIRE);
 }
 
 void uffd_handler_failure(struct uffd_handler *h, struct uffd_failure *failure)

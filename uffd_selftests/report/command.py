@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Complain and leave."""
-        self.exit(2, f"{PROGRAM}: {message}; --help shows the options\n")
+        self.exit(2, f"{self.prog}: {message}; --help shows the options\n")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,14 +38,15 @@ def main(argv: Sequence[str]) -> int:
                         help="the page to write (report.html)")  # fmt: skip
     args = parser.parse_args(argv)
     try:
-        write([_load(argument) for argument in args.results], args.output)
+        write([load_argument(argument) for argument in args.results], args.output)
     except ValueError as error:
         sys.stderr.write(f"{PROGRAM}: {error}\n")
         return 2
     return 0
 
 
-def _load(argument: str) -> Run:
+def load_argument(argument: str) -> Run:
+    """Read ``[LABEL=]PATH``; raises ValueError that names the file."""
     label, equals, path = argument.partition("=")
     if not equals or not label or Path(argument).exists():
         return load(Path(argument))

@@ -107,6 +107,12 @@ class Run:
         """How many results never came."""
         return max(0, self.planned - len(self.results))
 
+    @property
+    def unfinished(self) -> str:
+        """Why the run is not whole, in one line; empty when it is."""
+        lacking = f"{self.missing} of {self.planned} results never came" if self.missing else ""
+        return ": ".join(each for each in (self.interrupted, lacking) if each)
+
 
 def load(path: Path, label: str = "") -> Run:
     """Read results.json, or the one in a folder that ``-o`` wrote; raises ValueError that names the file."""

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import uffd_selftests
+from uffd_selftests.formats import junit
 from uffd_selftests.harness import ktap
 from uffd_selftests.harness.interrupts import Interrupted, Signals
 from uffd_selftests.harness.settings import MAY_HANG_KERNEL, OPTIONS
@@ -209,7 +210,7 @@ class Session:
                 raise
             document.write(ktap.totals_line(Counter(outcomes)))
         if self._args.output:
-            self._write_page(kernels)
+            self._write_overviews(kernels)
         if document.trouble:
             say(document.trouble)
             outcomes.append("error")
@@ -297,10 +298,11 @@ class Session:
                 say(f"{name}: {message}")
         return whole.outcome
 
-    def _write_page(self, kernels: Sequence[Kernel]) -> None:
-        """Write report.html, which shows all kernels side by side; one that cannot be made is no failure of the run."""
+    def _write_overviews(self, kernels: Sequence[Kernel]) -> None:
+        """Write junit.xml and report.html of all kernels; that one cannot be made is no failure of the run."""
         try:
             runs = [load(self._folder / kernel.name, kernel.name) for kernel in kernels]
+            _write(self._folder / "junit.xml", junit.document(runs).decode())
             write(runs, self._folder / "report.html")
         except ValueError as error:
             say(f"no report.html: {error}")
@@ -321,9 +323,9 @@ class Session:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file of a kernel that has failed already; if that cannot be done, it is only said."""
+    """Write a file about kernels that are judged already; if that cannot be done, it is only said."""
     try:
-        path.write_text(text)
+        path.write_text(text, "utf-8")
     except OSError as error:
         say(f"cannot write {path}: {error.strerror}")
 

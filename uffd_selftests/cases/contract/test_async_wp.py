@@ -52,6 +52,7 @@ from uffd_selftests.tracking import (
     WP_MATCHING,
     WPALLOWED,
     WRITTEN,
+    expect_scan,
     expect_written,
     regions,
     tracked,
@@ -150,6 +151,9 @@ def test_async_swap(ctx: Context) -> None:
     write(ctx.uffd, area, 1, 2)
     swap_out(area.range)
     expect_written(area, {1, 2}, "pages written, swapped out")
+    both = WRITTEN | PageCategory.SWAPPED
+    found = Pagemap.scan(area.range, both, flags=CHECK)
+    expect_scan(area, found, Scan(regions(area, {1, 2}, both), area.range.end), "pages written and swapped out")
     expect_written(area, {1, 2}, "pages written, taken while swapped out", flags=RESTART)
     expect_written(area, (), "pages written, after that")
     undisturbed(ctx.uffd, lambda: area.expect_pattern_of(area))

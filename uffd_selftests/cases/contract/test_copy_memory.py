@@ -26,6 +26,7 @@ from uffd_selftests.common import (
     page_out,
     promise,
     refuses,
+    require_soft_dirty,
     swap_out,
 )
 from uffd_selftests.mem_types import (
@@ -179,8 +180,7 @@ def test_copy_soft_dirty(ctx: Context) -> None:
     """A copied page counts as written since soft-dirty tracking began."""
     ctx.src.fill()
     ctx.dst.fill(0, 1)
-    if not Pagemap.entry(ctx.dst.start) & PM_SOFT_DIRTY:
-        raise Skip("no soft-dirty bits: boot a kernel with CONFIG_MEM_SOFT_DIRTY")
+    require_soft_dirty(ctx.dst.start)
     ctx.uffd.register(ctx.dst.range, MISSING)
     Path("/proc/self/clear_refs").write_text("4")
     ctx.uffd.copy(ctx.dst.page(1).start, ctx.src.start, ctx.page_size)

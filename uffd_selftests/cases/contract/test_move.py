@@ -29,6 +29,7 @@ from uffd_selftests.common import (
     prevent_hugepages,
     promise,
     refuses,
+    require_soft_dirty,
     swap_out,
 )
 from uffd_selftests.iouring import fixed_buffer
@@ -227,8 +228,7 @@ def test_move_protected(ctx: Context) -> None:
 def test_move_soft_dirty(ctx: Context) -> None:
     """A page that has moved counts as written since the soft-dirty bits were cleared."""
     prepare(ctx)
-    if not Pagemap.entry(ctx.src.start) & PM_SOFT_DIRTY:
-        raise Skip("the kernel lacks CONFIG_MEM_SOFT_DIRTY")
+    require_soft_dirty(ctx.src.start)
     Path("/proc/self/clear_refs").write_text("4")
     expect(bool(Pagemap.entry(ctx.src.start) & PM_SOFT_DIRTY), False, "soft-dirty after clear_refs")
     move(ctx, 0)

@@ -25,6 +25,7 @@ from uffd_selftests.common import (
     fails,
     promise,
     refuses,
+    require_soft_dirty,
     swap_out,
 )
 from uffd_selftests.hugetlb import hugepage_file
@@ -284,19 +285,23 @@ def test_move_refused_then_swap(ctx: Context) -> None:
     kind=Kind.DETAIL,
 )
 def test_move_swapped_soft_dirty(ctx: Context) -> None:
-    """A page that has moved while it was in swap counts as written since the soft-dirty bits were cleared.
+    """A page that moves while it is in swap, or unchanged since, counts as written since soft-dirty bits were cleared.
 
     Before "mm: userfaultfd: correct dirty flags set for both present and swap pte" it did not, and a checkpoint missed
     it.
     """
     ctx.src.fill()
-    if not Pagemap.entry(ctx.src.start) & PM_SOFT_DIRTY:
-        raise Skip("the kernel lacks CONFIG_MEM_SOFT_DIRTY")
+    require_soft_dirty(ctx.src.start)
     ctx.uffd.register(ctx.dst.range, MISSING)
     swap_out(ctx.src.range)
     Path("/proc/self/clear_refs").write_text("4")
-    ctx.uffd.move(ctx.dst.start, ctx.src.start, ctx.page_size)
-    expect(bool(Pagemap.entry(ctx.dst.start) & PM_SOFT_DIRTY), True, "soft-dirty after UFFDIO_MOVE")
+    ctx.src.expect_pattern_of(ctx.src, 1, 1)  # read back, and clean therefore
+    expect(bool(Pagemap.entry(ctx.src.page(1).start) & PM_SOFT_DIRTY), False, "soft-dirty after a read")
+    for number, state in enumerate(("in swap", "read back")):
+        with promise("MV-01", state):
+            ctx.uffd.move(ctx.dst.page(number).start, ctx.src.page(number).start, ctx.page_size)
+            moved = Pagemap.entry(ctx.dst.page(number).start)
+            expect(bool(moved & PM_SOFT_DIRTY), True, "soft-dirty after UFFDIO_MOVE")
 
 
 UNPROTECTED = Defect(
