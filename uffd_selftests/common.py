@@ -40,7 +40,9 @@ from uffd_selftests.memory import (
     checked,
     errno_name,
     map_memory,
+    mapped,
     pmd_mapped,
+    poke,
     smaps_fields,
     unmap,
 )
@@ -1120,14 +1122,26 @@ def require_soft_dirty(written: int) -> None:
 
 
 def page_out(where: Range, gone: Callable[[], bool]) -> None:
-    """Have pages written to swap (MADV_PAGEOUT) until ``gone`` says so; Skip where the kernel keeps them."""
+    """Have pages written to swap (MADV_PAGEOUT) until ``gone`` says so.
+
+    Skip where the kernel writes nothing to swap; AssertionError where it does with other pages.
+    """
+    if _paged_out(where, gone):
+        return
+    with mapped(PAGE_SIZE, flags=MAP_PRIVATE | MAP_ANONYMOUS) as other:
+        poke(other.start, b"any")
+        if _paged_out(other, lambda: bool(Pagemap.entry(other.start) & uapi.PM_SWAP)):
+            raise AssertionError(f"expected MADV_PAGEOUT to write {where} to swap, as it does with other pages")
+    raise Skip("MADV_PAGEOUT leaves all pages in memory: is the swap space full?")
+
+
+def _paged_out(where: Range, gone: Callable[[], bool]) -> bool:
     end = time.monotonic() + DEADLINE / 10
-    while True:
+    while time.monotonic() < end:
         advise(where, Advice.PAGEOUT)
         if gone():
-            return
-        if time.monotonic() > end:
-            raise Skip("MADV_PAGEOUT leaves the pages in memory: is the swap space full?")
+            return True
+    return False
 
 
 def swap_out(where: Range) -> None:

@@ -779,6 +779,19 @@ def test_register_wp_unshares(ctx: Context) -> None:
         Pagemap.expect_uffd_wp(one.start, True, "in the registered mapping")
 
 
+@uffd_case("register-wp-shares-not", mem=(HUGETLB,), features=WRITEPROTECT, pages=1, rows=("REG-21",), kind=Kind.DETAIL)
+def test_register_wp_shares_not(ctx: Context) -> None:
+    """Two mappings of the same huge pages that are both registered for write protection are protected one by one."""
+    with shared_page_table(ctx.page_size) as (one, other):
+        for mapping in (one, other):
+            ctx.uffd.register(mapping, WP)
+            expect(peek(mapping.start), b"\1", "the byte in the file")
+        ctx.uffd.writeprotect(Range(one.start, ctx.page_size))
+        Pagemap.expect_uffd_wp(other.start, False, "in the mapping that is not protected")
+        undisturbed(ctx.uffd, lambda: poke(other.start, b"\2"))
+        Pagemap.expect_uffd_wp(one.start, True, "in the protected mapping")
+
+
 @uffd_case(
     "register-minor-unshares", mem=(HUGETLB,), features=MINOR_FAULTS, pages=1, rows=("REG-32",), kind=Kind.DETAIL
 )
