@@ -24,7 +24,7 @@ import pytest
 from uffd_selftests import cli as command
 from uffd_selftests.harness import reporter
 from uffd_selftests.harness.results import Planned
-from uffd_selftests.vm import check, guests, images, session, vng
+from uffd_selftests.vm import check, guests, images, session, userland, vng
 from uffd_selftests.vm.guests import Accelerator, Ending, Guest
 from uffd_selftests.vm.verdict import judge
 from uffd_selftests.vm.watch import Lines, Watch
@@ -76,6 +76,14 @@ def test_image(tmp_path: Path) -> None:
     """An image tells its release."""
     image = write_image(tmp_path / "vmlinuz-of-mine")
     assert images.find(str(image), "x86_64") == images.Kernel(image, "6.99.0-test", image)
+
+
+def test_arm64_image(tmp_path: Path) -> None:
+    """The release of an arm64 image is where its first message is; of a compressed one the file's name has to do."""
+    image, packed = tmp_path / "Image", tmp_path / "vmlinuz-6.99.0-16k"
+    image.write_bytes(bytes(0x38) + b"ARM\x64" + bytes(0x30000) + b"Linux version 6.99.0-rc1+ (someone@somewhere)")
+    packed.write_bytes(b"\x1f\x8b rubbish")
+    assert [images.find(str(path), "arm64").name for path in (image, packed)] == ["6.99.0-rc1+", "6.99.0-16k"]
 
 
 def test_build_tree(tmp_path: Path) -> None:
@@ -189,7 +197,7 @@ def tools(tmp_path: Path) -> Path:
     """Return a folder with everything that is looked for, none of which does anything."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name in ("vng", vng.QEMU["x86_64"][0], *vng.TOOLS):
+    for name in ("vng", vng.QEMU["x86_64"][0], *vng.TOOLS, *vng.GUEST_TOOLS):
         (folder / name).write_text("#!/bin/sh\n")
         (folder / name).chmod(0o755)
     return folder
@@ -198,9 +206,11 @@ def tools(tmp_path: Path) -> Path:
 def test_missing_tools(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line names all packages that are missing."""
     monkeypatch.setattr(vng, "SBIN", ())
+    monkeypatch.setattr(vng, "native", lambda: "x86_64")
     monkeypatch.setenv("PATH", str(tools))
     assert vng.missing("x86_64") is None
-    assert vng.missing("arm64") == "missing for --kernel: apt-get install qemu-system-arm"
+    packages = "qemu-system-arm mmdebstrap gcc-aarch64-linux-gnu binutils"
+    assert vng.missing("arm64") == f"missing for --kernel: apt-get install {packages}"
     for name in ("qemu-system-x86_64", "udevadm"):
         (tools / name).unlink()
     assert vng.missing("x86_64") == "missing for --kernel: apt-get install qemu-system-x86 udev"
@@ -214,15 +224,93 @@ def test_command(tools: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setenv("PATH", str(tools))
     kernel = images.Kernel(tmp_path / "a tree", "6.99", tmp_path / "a tree")
     shape = vng.Shape(memory="2G", cpus=2, append=("quiet",), qemu=("-cpu", "max,-la57"))
-    call = vng.command(kernel, shape, vng.TCG, tmp_path / "out put", ["-k", "move and anon"])
+    results = tmp_path / "out put"
+    results.mkdir()
+    call = vng.command(kernel, shape, vng.TCG, results, ["-k", "move and anon"])
     assert call[call.index("--run") + 1] == f"'{tmp_path}/a tree'"
     assert call[call.index("--memory") + 1 :][:3] == ["2G", "--cpus", "2"]
     assert call[call.index("--rwdir") + 1] == f"'{vng.RESULTS}={tmp_path}/out put'"
     assert call[call.index("--append") + 1].endswith(" tsc=unstable clocksource=hpet quiet")
     assert "--disable-kvm" in call
     assert call[-4:-2] == ["--qemu-opts=-cpu", "--qemu-opts=max,-la57"]
-    assert call[-1].endswith("-m uffd_selftests.vm.guest -k 'move and anon'\n")
+    assert call[-1] == f"sh {vng.RESULTS}/guest.sh"
+    assert (results / "guest.sh").read_text().endswith("-m uffd_selftests.vm.guest -k 'move and anon'\n")
     assert not {"--disable-kvm", "tsc=unstable"} & set(vng.command(kernel, shape, vng.KVM, tmp_path, []))
+
+
+def test_foreign_command(tools: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A guest of another architecture has programs of its own; of the host it gets suite, modules and named tests."""
+    monkeypatch.setenv("PATH", str(tools))
+    image, tests = tmp_path / "boot/vmlinuz-6.99", tmp_path / "my tests"
+    (tmp_path / "lib/modules").mkdir(parents=True)
+    tests.mkdir()
+    (tests / "test_mine.py").touch()
+    own = userland.Userland(tmp_path / "root", tmp_path / "native.so")
+    shape = vng.Shape("arm64", userland=own)
+    kernel = images.Kernel(image, "6.99", image)
+    call = vng.command(kernel, shape, vng.TCG, tmp_path, ["-k", "move", "--", f"{tests}/test_mine.py::test_a"])
+    assert call[call.index("--arch") + 1 :][:5] == ["arm64", "--root", f"{own.root}", "--busybox", f"{own.busybox}"]
+    assert "--qemu-opts=cortex-a76" in call
+    assert "tsc=unstable" not in call[call.index("--append") + 1]
+    script = (tmp_path / "guest.sh").read_text()
+    assert f"for folder in {vng.PROJECT} '{tests}'; do" in script
+    assert f'mount --bind "/run/uffd-host"{tmp_path}/native.so {userland.BUILT}' in script
+    assert f"for folder in {tmp_path}/lib/modules; do" in script
+    assert script.endswith(f"/usr/bin/python3 -m uffd_selftests.vm.guest -k move -- '{tests}/test_mine.py::test_a'\n")
+    for folder in (vng.PROJECT, tests):
+        assert (own.root / folder.relative_to("/")).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arch", "arm64", "--vm-accel", "kvm"], "--vm-accel kvm: a kernel for arm64 can only be emulated here"),
+        (["--arch", "arm64"], "mmdebstrap failed: E: no such suite"),
+        (["--arch", "x86_64"], "--arch x86_64: only kernels for riscv can be booted here"),
+    ],
+)
+def test_foreign_usage_error(
+    arguments: list[str], message: str, *, tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """What cannot be done for another architecture is said in one line, and nothing half made stays."""
+    toolchain = userland.TOOLCHAINS["arm64"]
+    for name in (vng.QEMU["arm64"][0], toolchain.compiler, "strings"):
+        shutil.copy(tools / "vng", tools / name)
+    (tools / "mmdebstrap").write_text("#!/bin/sh\necho 'I: working' >&2; echo 'E: no such suite' >&2; exit 1\n")
+    (tools / "mmdebstrap").chmod(0o755)
+    monkeypatch.setattr(vng, "native", lambda: "riscv")
+    monkeypatch.setattr(session, "native", lambda: "riscv")
+    monkeypatch.setattr(session, "_plan", lambda *_: PLAN)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    magic = bytes(0x38) + b"ARM\x64" if "arm64" in arguments else bytes(0x202) + b"HdrS" + bytes(0x1000)
+    (tmp_path / "Image").write_bytes(magic)
+    assert command.main(["--kernel", str(tmp_path / "Image"), *arguments]) == 2
+    assert capfd.readouterr().err.splitlines()[-1] == f"uffd-selftests: {message}"
+    assert not list(tmp_path.glob("cache/uffd-selftests/*"))
+
+
+def test_strange_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that virtme-ng's shell would take apart is refused."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "/a b")
+    with pytest.raises(ValueError, match="cannot take a root folder in /a b/uffd-selftests: name another in XDG_"):
+        userland.prepare("arm64", print)
+
+
+def test_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was made is kept until it would be made in another way."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    said: list[str] = []
+
+    def make(draft: Path) -> None:
+        (draft / "file").touch()
+
+    first, again, other = (userland._once("root", [recipe], make, said.append) for recipe in ("a", "a", "b"))
+    assert first == again
+    assert sorted(tmp_path.glob("uffd-selftests/*")) == sorted([first, other])
+    assert said == [f"making {folder} (once)" for folder in (first, other)]
+    assert (other / "file").exists()
 
 
 def test_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -291,6 +291,7 @@ def bad_ranges(good: Range) -> dict[str, Range]:
         "len not a multiple of the page size": Range(good.start, good.len + 1),
         "start + len wraps": Range(good.start, (1 << 64) - PAGE_SIZE),
         "start beyond user space": Range((1 << 64) - PAGE_SIZE, PAGE_SIZE),
+        "start with a tag in its top byte": Range(good.start | 1 << 57, good.len),  # arm64 took it, before Linux 5.14
     }
 
 

@@ -14,24 +14,38 @@ import time
 from pathlib import Path
 
 from uffd_selftests.cli import main
+from uffd_selftests.machine import HUGEPAGES, hugepage_sizes
+from uffd_selftests.mem_types import default_hugepage_size
 
 DEBUGFS = Path("/sys/kernel/debug")
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 SWAP_BYTES = 512 << 20
+POOL_BYTES = 32 << 20
+"""Up to this size, huge pages that are not of the default size are had, four of each."""
 DEVICE_SECONDS = 5.0
 """How long a device may take to appear behind its module."""
 
 
 def prepare() -> None:
-    """Mount debugfs, allow transparent huge pages where they are asked for, add swap."""
+    """Mount debugfs with all that belongs there, allow transparent huge pages, add huge pages and swap."""
     if DEBUGFS.is_dir() and not DEBUGFS.is_mount():
         _run("mount", "-t", "debugfs", "none", str(DEBUGFS))
+    _run("modprobe", "hwpoison-inject")
     with contextlib.suppress(OSError):
         if "[never]" in THP.read_text():
             THP.write_text("madvise")
+    _grow_pools()
     if len(Path("/proc/swaps").read_text().splitlines()) == 1 and (device := _zram() or _loop()):
         _run("mkswap", device)
         _run("swapon", device)
+
+
+def _grow_pools() -> None:
+    """Have some huge pages of each size that takes little memory; to those of the default size the suite sees."""
+    for size in hugepage_sizes():
+        if size != default_hugepage_size() and size <= POOL_BYTES:
+            with contextlib.suppress(OSError):
+                (HUGEPAGES / f"hugepages-{size >> 10}kB/nr_hugepages").write_text("4")
 
 
 def _zram() -> str:

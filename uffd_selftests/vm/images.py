@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -31,6 +32,8 @@ DEB = b"!<arch>\n"
 X86 = (0x202, b"HdrS")
 ARM64 = ((0x38, b"ARM\x64"), (0, b"\x1f\x8b"), (4, b"zimg"))
 """Image; the same compressed with gzip; in an EFI application."""
+BANNER = re.compile(rb"Linux version (\d[-+.~\w]*) ")
+"""What every kernel says first, and where it is not compressed its image."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,12 @@ def find(origin: str, arch: str) -> Kernel:
     except OSError as error:
         raise ValueError(f"{origin}: {error.strerror}") from None
     return Kernel(path, _name(path, start, arch), path)
+
+
+def modules(image: Path) -> Path | None:
+    """Return the nearest lib/modules above an image."""
+    places = [parent / place for parent in image.parents for place in ("lib/modules", "usr/lib/modules")]
+    return next((place for place in places if place.is_dir()), None)
 
 
 def distinguish(kernels: Iterable[Kernel]) -> list[Kernel]:
@@ -123,6 +132,8 @@ def _name(path: Path, start: bytes, arch: str) -> str:
         release = start[pointer + 0x200 :].partition(b"\0")[0].split(b" ")[0].decode("ascii", "replace")
         if pointer and release.isprintable() and "/" not in release:
             return release or path.name
+    elif match := BANNER.search(path.read_bytes()):
+        return match[1].decode()
     return path.name.removeprefix("vmlinuz-")
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A run in other kernels: one KTAP document with a subtest for each kernel, one folder for each below ``-o DIR``.
 
-A kernel's folder has the files of a run of the suite (harness/reporter.py) and console.txt: what the kernel and
-virtme-ng said. Of a kernel that died, results.json has what came out of it; like the KTAP it blames the case that was
-running and skips the rest.
+A kernel's folder has the files of a run of the suite (harness/reporter.py), guest.sh, which began it, and console.txt:
+what the kernel and virtme-ng said. Of a kernel that died, results.json has what came out of it; like the KTAP it blames
+the case that was running and skips the rest.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from uffd_selftests.harness.interrupts import Interrupted, Signals
 from uffd_selftests.harness.settings import MAY_HANG_KERNEL, OPTIONS
 from uffd_selftests.report.command import write
 from uffd_selftests.report.model import FORMAT, load
-from uffd_selftests.vm import images, vng
+from uffd_selftests.vm import images, userland, vng
 from uffd_selftests.vm.guests import MARGIN_SECONDS, Accelerator, Ending, Guest
 from uffd_selftests.vm.options import native
 from uffd_selftests.vm.verdict import judge, reported, unfinished
@@ -58,15 +58,16 @@ def main(args: argparse.Namespace, passed: Sequence[str]) -> int:
         cleanup.callback(signals.close)
         try:
             kernels = images.distinguish(images.find(path, args.arch) for path in args.kernel)
+            if args.arch not in (native(), *userland.TOOLCHAINS):
+                raise ValueError(f"--arch {args.arch}: only kernels for {native()} can be booted here")
             if lacking := vng.missing(args.arch):
                 raise ValueError(lacking)
-            if args.arch != native():
-                raise ValueError(f"--arch {args.arch}: only kernels for {native()} can be booted here")
-            if args.vm_accel == vng.KVM and not vng.kvm_present():
-                raise ValueError("--vm-accel kvm: cannot open /dev/kvm: load kvm_intel or kvm_amd, join the group kvm")
+            if args.vm_accel == vng.KVM:
+                _check_kvm(args.arch)
             plan = _plan(args, passed)
+            programs = userland.prepare(args.arch, say) if args.arch != native() else None
             folder = args.output or Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix=f"{PROGRAM}-")))
-            return exit_code(Session(args, passed, folder.resolve(), plan).run(kernels))
+            return exit_code(Session(args, passed, folder.resolve(), plan, programs).run(kernels))
         except ValueError as error:
             say(str(error))
             return EXIT_USAGE
@@ -80,6 +81,14 @@ def main(args: argparse.Namespace, passed: Sequence[str]) -> int:
         except OSError as error:
             say(f"cannot write {error.filename or 'the results'}: {error.strerror}")
             return EXIT_FAILED
+
+
+def _check_kvm(arch: str) -> None:
+    """Refuse to do without; raises ValueError."""
+    if arch != native():
+        raise ValueError(f"--vm-accel kvm: a kernel for {arch} can only be emulated here")
+    if not vng.kvm_present():
+        raise ValueError("--vm-accel kvm: cannot open /dev/kvm: load kvm_intel or kvm_amd, join the group kvm")
 
 
 def exit_code(outcomes: Sequence[str]) -> int:
@@ -176,14 +185,17 @@ class Job:
 class Session:
     """Boots kernels, several at once if asked to, and reports them in their order."""
 
-    def __init__(self, args: argparse.Namespace, passed: Sequence[str], folder: Path, plan: list[str]) -> None:
+    def __init__(
+        self, args: argparse.Namespace, passed: Sequence[str], folder: Path, plan: list[str],
+        programs: userland.Userland | None = None,
+    ) -> None:  # fmt: skip
         self._args = args
         self._passed = passed
         self._folder = folder
         self._plan = plan
-        self._accelerator = Accelerator(args.vm_accel)
+        self._accelerator = Accelerator(vng.TCG if programs else args.vm_accel)
         extra = (tuple(args.vm_append), tuple(args.vm_qemu))
-        self._shape = vng.Shape(args.arch, args.vm_memory, args.vm_cpus, *extra)
+        self._shape = vng.Shape(args.arch, args.vm_memory, args.vm_cpus, *extra, programs)
 
     def run(self, kernels: Sequence[Kernel]) -> list[str]:
         """Run all and return their outcomes; raises OSError when nothing can be written, Interrupted."""

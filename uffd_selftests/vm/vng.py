@@ -15,10 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from uffd_selftests.vm import userland
+from uffd_selftests.vm.images import modules
+from uffd_selftests.vm.options import native
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from uffd_selftests.vm.images import Kernel
+    from uffd_selftests.vm.userland import Userland
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 
@@ -27,8 +32,10 @@ KVM, TCG = "kvm", "tcg"
 QEMU = {"x86_64": ("qemu-system-x86_64", "qemu-system-x86"), "arm64": ("qemu-system-aarch64", "qemu-system-arm")}
 """The emulator of an architecture and Debian's package of it."""
 
-TOOLS = {"busybox": "busybox-static", "modprobe": "kmod", "udevadm": "udev", "file": "file"}
-"""What virtme-ng runs, and Debian's packages. Without udev neither output nor exit code leave the guest."""
+TOOLS = {"modprobe": "kmod", "file": "file"}
+"""What virtme-ng runs, and Debian's packages."""
+GUEST_TOOLS = {"busybox": "busybox-static", "udevadm": "udev"}
+"""What runs in a guest with the host's programs. Without udev neither output nor exit code leave the guest."""
 
 SBIN = ("/usr/sbin", "/sbin")
 
@@ -40,9 +47,22 @@ then for folder in {folders}; do mount --bind "/run/{host}$folder" "$folder"; do
 fi 2>/dev/null
 exec env PYTHONPATH={project} {python} -m uffd_selftests.vm.guest {arguments}
 """
+FOREIGN_FILES = """
+set -e
+mkdir /run/{host}
+mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=512000,cache=loose {host} /run/{host}
+for folder in /usr /lib; do mount --bind "/run/{host}"{root}"$folder" "$folder"; done
+for folder in {folders}; do mkdir -p "$folder"; mount --bind "/run/{host}$folder" "$folder"; done
+mount --bind "/run/{host}"{module} {built}
+for folder in {modules}; do mount --bind "/run/{host}$folder" /lib/modules; done
+exec env PYTHONPATH={project} {python} -m uffd_selftests.vm.guest {arguments}
+"""
+"""The same for a guest with programs of its own: it gets the suite, with its native part, and the kernel's modules."""
 
 RESULTS = "/tmp/uffd-results"  # a folder of the guest
 """Where the guest finds its results folder."""
+SCRIPT = "guest.sh"
+"""What the guest does, in its results folder: virtme-ng's way is the kernel's command line, which has 2048 bytes."""
 
 NEEDLESS_MODULES = (
     *("acpi_cpufreq", "aesni_intel", "ahci", "button", "ccp", "crc32_pclmul", "crct10dif_pclmul", "edac_mce_amd"),
@@ -58,6 +78,8 @@ COMMAND_LINE = (
 )
 EMULATED = ("tsc=unstable", "clocksource=hpet")
 """On a busy host the guest misjudges its TSC, and its clock runs several times too fast."""
+PROCESSORS = {"arm64": "cortex-a76"}
+"""What is emulated, where virtme-ng's own choice will not do: that of arm64 has no pages of 16 kB."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +93,8 @@ class Shape:
     """More of the kernel's command line."""
     qemu: tuple[str, ...] = ()
     """More arguments for QEMU."""
+    userland: Userland | None = None
+    """The guest's programs, where it cannot run the host's."""
 
 
 def program() -> str | None:
@@ -83,7 +107,7 @@ def missing(arch: str) -> str | None:
     if not program():
         return "virtme-ng is missing: pip install 'uffd-selftests[vm]'"
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), *SBIN])
-    needed = dict([QEMU[arch]], **TOOLS)
+    needed = dict([QEMU[arch]], **TOOLS, **(GUEST_TOOLS if arch == native() else userland.tools(arch)))
     packages = [package for tool, package in needed.items() if not shutil.which(tool, path=path)]
     return f"missing for --kernel: apt-get install {' '.join(packages)}" if packages else None
 
@@ -94,19 +118,30 @@ def kvm_present() -> bool:
 
 
 def command(kernel: Kernel, shape: Shape, accelerator: str, results: Path, arguments: Sequence[str]) -> list[str]:
-    """Return the call that boots a kernel and runs the suite in it, with one writable folder."""
+    """Return the call that boots a kernel and runs the suite in it, with one writable folder, where the script goes.
+
+    Raises OSError when that cannot be written.
+    """
     clock = EMULATED if accelerator == TCG and shape.arch == "x86_64" else ()
     line = [*COMMAND_LINE, *clock, *map(shlex.quote, shape.append)]
     call = [program() or "vng", "--verbose", "--run", shlex.quote(str(kernel.path))]
-    call += ["--force-9p", "--disable-microvm", "--user", "root", "--cwd", "/"]
+    call += ["--force-9p", "--disable-microvm", "--user", "root"]
     call += ["--memory", shape.memory, "--cpus", str(shape.cpus)]
     call += ["--rwdir", shlex.quote(f"{RESULTS}={results}"), "--append", " ".join(line)]
     if accelerator == TCG:
         call.append("--disable-kvm")
-    qemu = ["-fsdev", f"local,id={HOST},path=/,security_model=none,readonly=on,multidevs=remap"]
+    qemu = ["-cpu", PROCESSORS[shape.arch]] if accelerator == TCG and shape.arch in PROCESSORS else []
+    if shape.userland:
+        root, busybox = str(shape.userland.root), str(shape.userland.busybox)
+        call += ["--cwd", root, "--arch", shape.arch, "--root", root, "--busybox", busybox, "--no-virtme-ng-init"]
+    else:
+        call += ["--cwd", "/"]
+    qemu += ["-fsdev", f"local,id={HOST},path=/,security_model=none,readonly=on,multidevs=remap"]
     qemu += ["-device", f"virtio-9p-pci,fsdev={HOST},mount_tag={HOST}", *shape.qemu]
     call += [f"--qemu-opts={shlex.quote(each)}" for each in qemu]
-    return [*call, "--", _script(arguments)]
+    script = _foreign_script(kernel, shape.userland, arguments) if shape.userland else _script(arguments)
+    (results / SCRIPT).write_text(script)
+    return [*call, "--", f"sh {RESULTS}/{SCRIPT}"]
 
 
 def _script(arguments: Sequence[str]) -> str:
@@ -119,6 +154,32 @@ def _script(arguments: Sequence[str]) -> str:
         python=shlex.quote(sys.executable),
         arguments=shlex.join(arguments),
     )
+
+
+def _foreign_script(kernel: Kernel, own: Userland, arguments: Sequence[str]) -> str:
+    """Return what the shell of a guest does that has programs of its own."""
+    folders = [PROJECT, *_folders_of_tests(arguments)]
+    for folder in folders:
+        own.add_mount_point(folder)
+    found = modules(kernel.path)
+    return FOREIGN_FILES.format(
+        host=HOST,
+        root=shlex.quote(str(own.root)),
+        folders=shlex.join(map(str, folders)),
+        module=shlex.quote(str(own.module)),
+        built=shlex.quote(str(userland.BUILT)),
+        modules=shlex.join([str(found)] if found else []),
+        project=shlex.quote(str(PROJECT)),
+        python=userland.PYTHON,
+        arguments=shlex.join(arguments),
+    )
+
+
+def _folders_of_tests(arguments: Sequence[str]) -> list[Path]:
+    """Return the folders of the tests that are named by their paths, outside of the project."""
+    named = [Path(argument.partition("::")[0]) for argument in arguments if argument.startswith("/")]
+    folders = [path if path.is_dir() else path.parent for path in named if path.exists()]
+    return [folder for folder in dict.fromkeys(folders) if PROJECT not in [folder, *folder.parents]]
 
 
 def environment(scratch: Path) -> dict[str, str]:

@@ -297,7 +297,8 @@ def test_move_nothing(ctx: Context) -> None:
 @uffd_case("move-nowhere", mem=(ANON,), features=MOVE, pages=1, rows=("MV-28",), kind=Kind.DETAIL)
 def test_move_nowhere(ctx: Context) -> None:
     """A hole in a corner of the address space that has no page tables at all is a hole like any other."""
-    corner = 1 << 30  # what one page table of the upper levels spans, of x86 with four levels
+    entries = PAGE_SIZE // 8
+    corner = min(PAGE_SIZE * entries**2, 1 << 36)  # what one page table of PMDs spans: a gibibyte with pages of 4 kB
     flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
     ctx.uffd.register(ctx.dst.range, MISSING)
     with mapped(2 * corner, flags=flags) as place:
