@@ -35,6 +35,7 @@ class Run:
     stdout: str = ""
     stderr: str = ""
     code: int = -1
+    started: int = field(default_factory=lambda: _started(Path("/proc/thread-self/stat").read_text()))
 
     def wait(self) -> Run:
         """Wait for its end and keep what it said."""
@@ -66,11 +67,18 @@ class Run:
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                if self.mark.encode() in (folder / "environ").read_bytes():
-                    found.append((folder / "stat").read_text())
+                stat = (folder / "stat").read_text()
+                # Not of older ones: where the kernel has one in its grip for good, reading its environment hangs, too.
+                if _started(stat) >= self.started and self.mark.encode() in (folder / "environ").read_bytes():
+                    found.append(stat)
             except OSError:
                 continue
         return found
+
+
+def _started(stat: str) -> int:
+    """Return when a process was started, in clock ticks since the machine was (field 22 of /proc/PID/stat)."""
+    return int(stat.rpartition(") ")[2].split()[19])
 
 
 @dataclass
