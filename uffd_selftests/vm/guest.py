@@ -27,10 +27,9 @@ DEVICE_SECONDS = 5.0
 
 
 def prepare() -> None:
-    """Mount debugfs with all that belongs there, allow transparent huge pages, add huge pages and swap."""
+    """Mount debugfs, allow transparent huge pages where they are asked for, add huge pages and swap."""
     if DEBUGFS.is_dir() and not DEBUGFS.is_mount():
         _run("mount", "-t", "debugfs", "none", str(DEBUGFS))
-    _run("modprobe", "hwpoison-inject")
     with contextlib.suppress(OSError):
         if "[never]" in THP.read_text():
             THP.write_text("madvise")
