@@ -13,40 +13,30 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import pytest
 
 from uffd_selftests import __version__
 from uffd_selftests.harness.reporter import FILES, KMSG
 from uffd_selftests.harness.settings import MAY_HANG_KERNEL, OPTIONS, STRESS_LOG, check_keyword
+from uffd_selftests.program import EXIT_FAILED, EXIT_NOTHING, EXIT_OK, EXIT_USAGE, PROGRAM, Parser
 from uffd_selftests.vm.options import add_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-PROGRAM = "uffd-selftests"
 PACKAGE = Path(__file__).resolve().parent
 CASES = PACKAGE / "cases"
 
 FORMATS = ("junit", "kcidb", "summary")
 """The commands that make other formats of results (docs/ci.md)."""
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOTHING = 0, 1, 2, 4
-
 MAX_WORKERS_PER_CPU = 16
 """More of them would only keep the machine from everything else."""
 
 OUTPUT_TAIL = 20
 """How many lines of pytest's own output are shown when pytest gives up."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Complain and leave."""
-        self.exit(EXIT_USAGE, f"{PROGRAM}: {message}; --help shows the options\n")
 
 
 def parser() -> Parser:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uffd_selftests.formats import junit, kcidb, summary
-from uffd_selftests.report.command import Parser, load_argument
+from uffd_selftests.program import EXIT_OK, EXIT_USAGE, PROGRAM, Parser
+from uffd_selftests.report.command import load_argument
 from uffd_selftests.report.model import tell_apart
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
     from uffd_selftests.report.model import Run
 
-PROGRAM = "uffd-selftests"
 COMMANDS = {
     "junit": "JUnit XML, for Jenkins, GitLab and others",
     "kcidb": "a submission to KCIDB",
@@ -44,8 +44,8 @@ def main(name: str, argv: Sequence[str]) -> int:
         _write(make[name](runs), args.output)
     except ValueError as error:
         sys.stderr.write(f"{PROGRAM} {name}: {error}\n")
-        return 2
-    return 0
+        return EXIT_USAGE
+    return EXIT_OK
 
 
 def parser(name: str) -> Parser:

@@ -15,8 +15,7 @@ from uffd_selftests.probe.consumers import judge
 from uffd_selftests.probe.findings import look
 from uffd_selftests.probe.report import Report
 from uffd_selftests.probe.suite import prospect
-
-EXIT_OK, EXIT_USAGE, EXIT_NOTHING = 0, 2, 4
+from uffd_selftests.program import EXIT_NOTHING, EXIT_OK, EXIT_USAGE, PROGRAM
 
 
 def main(*, as_json: bool, area_bytes: int) -> int:
@@ -33,7 +32,7 @@ def main(*, as_json: bool, area_bytes: int) -> int:
     except BrokenPipeError:  # whoever reads has read enough
         pass
     except OSError as error:
-        sys.stderr.write(f"uffd-selftests: cannot write: {errno_name(error.errno or 0)}\n")
+        sys.stderr.write(f"{PROGRAM}: cannot write: {errno_name(error.errno or 0)}\n")
         return EXIT_USAGE
     return EXIT_NOTHING if no_userfaultfd(report.findings.facts) else EXIT_OK
 

@@ -6,11 +6,11 @@ Exit codes: 0 the page is written, 2 a file cannot be read or written.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, BinaryIO
 
+from uffd_selftests.program import EXIT_OK, EXIT_USAGE, PROGRAM, Parser
 from uffd_selftests.report.model import load
 
 if TYPE_CHECKING:
@@ -18,20 +18,12 @@ if TYPE_CHECKING:
 
     from uffd_selftests.report.model import Run
 
-PROGRAM = "uffd-selftests report"
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Complain and leave."""
-        self.exit(2, f"{self.prog}: {message}; --help shows the options\n")
+COMMAND = f"{PROGRAM} report"
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command and return the exit code."""
-    parser = Parser(prog=PROGRAM, allow_abbrev=False)
+    parser = Parser(prog=COMMAND, allow_abbrev=False)
     parser.description = "Make one HTML page of the results of one or more runs."
     parser.add_argument("results", nargs="+", metavar="[LABEL=]RESULTS", help="a results.json, or the folder of one")
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, default=Path("report.html"),
@@ -40,9 +32,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         write([load_argument(argument) for argument in args.results], args.output)
     except ValueError as error:
-        sys.stderr.write(f"{PROGRAM}: {error}\n")
-        return 2
-    return 0
+        sys.stderr.write(f"{COMMAND}: {error}\n")
+        return EXIT_USAGE
+    return EXIT_OK
 
 
 def load_argument(argument: str) -> Run:

@@ -27,6 +27,7 @@ from uffd_selftests.formats import junit
 from uffd_selftests.harness import ktap
 from uffd_selftests.harness.interrupts import Interrupted, Signals
 from uffd_selftests.harness.settings import MAY_HANG_KERNEL, OPTIONS
+from uffd_selftests.program import EXIT_FAILED, EXIT_NOTHING, EXIT_OK, EXIT_USAGE, PROGRAM
 from uffd_selftests.report.command import write
 from uffd_selftests.report.model import FORMAT, load
 from uffd_selftests.vm import images, userland, vng
@@ -41,14 +42,10 @@ if TYPE_CHECKING:
     from uffd_selftests.harness.results import Result
     from uffd_selftests.vm.images import Kernel
 
-PROGRAM = "uffd-selftests"
-
 VERSION = "KTAP version 1"
 INDENT = "  "
 TCG_SCALE = 8.0
 """How much longer everything may take under emulation."""
-
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOTHING = 0, 1, 2, 4
 
 
 def main(args: argparse.Namespace, passed: Sequence[str]) -> int:
