@@ -215,7 +215,7 @@ def test_what_cannot_be_killed_is_left_behind(isolator: Isolator, monkeypatch: p
     assert (ending.how, len(stuck)) == (How.TIMEOUT, 1)
     after = isolator.run(lambda send: send("fine"), deadline=30)
     assert (after.how, after.records, after.leftovers) == (How.DONE, ["fine"], [])
-    assert isolation._kill(stuck[0], time.monotonic() + 10)
+    assert isolation.kill(stuck[0], time.monotonic() + 10)
 
 
 def test_a_look_that_hangs_is_given_up(isolator: Isolator, monkeypatch: pytest.MonkeyPatch) -> None:

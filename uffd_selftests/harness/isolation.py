@@ -201,7 +201,7 @@ class Isolator:
         until = time.monotonic() + KILL_SECONDS
         while (strays := self._strays()) and time.monotonic() < until:  # they may fork faster than this can kill
             for stray in strays:
-                died = _kill(stray.pid, until)
+                died = kill(stray.pid, until)
                 found.append((stray, died))
                 if not died:
                     self._spared.add(stray.pid)
@@ -262,7 +262,7 @@ class _Child:
         if not self.reaped:  # else its process ID may be somebody else's by now
             with contextlib.suppress(OSError):
                 os.killpg(self.pid, signal.SIGKILL)
-            self.reaped = _kill(self.pid, time.monotonic() + KILL_SECONDS)
+            self.reaped = kill(self.pid, time.monotonic() + KILL_SECONDS)
         return self.reaped
 
     def verdict(self) -> tuple[list[object], str]:
@@ -387,15 +387,15 @@ def _unpack(data: bytes | bytearray) -> tuple[list[tuple[_Tag, object]], bool]:
     return messages, len(rest) > 0
 
 
-def _kill(pid: int, until: float) -> bool:
-    """Kill a child of this process and reap it; False when it does not die in time."""
+def kill(pid: int, until: float, number: int = signal.SIGKILL) -> bool:
+    """Send a signal to a child of this process and reap it; False when it does not die in time."""
     try:
         pidfd = os.pidfd_open(pid)
     except OSError:
         return True
     try:
         with contextlib.suppress(OSError):
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            signal.pidfd_send_signal(pidfd, number)
         if not select.select([pidfd], [], [], max(0, until - time.monotonic()))[0]:
             return False
         with contextlib.suppress(ChildProcessError):
