@@ -134,10 +134,11 @@ class Runner:
         pages = HugepageUse(self._facts.hugepage_size if hugepages and self._health else 0)
         case, _, _ = declaration(item)
         deadline = self._settings.deadline_of(case)
-        ending = self._launch(item, deadline) if plain.is_plain(item) else self._fork(item, deadline)
+        is_plain = plain.is_plain(item)
+        ending = self._launch(item, deadline) if is_plain else self._fork(item, deadline)
         if case and case.stress and ending.how is not How.DONE:
             ending.evidence.append(f"again: --stress-seed {self._settings.stress_seed}")
-        reports = _reports(item, ending)
+        reports = _reports(item, ending, is_plain=is_plain)
         left = [record.line for record in ending.records if isinstance(record, Leak)] + ending.leftovers
         left += pages.lost()
         if left:
@@ -194,11 +195,11 @@ class Runner:
                 send(Leak(f"userfaultfd {fd} is open"))
 
 
-def _reports(item: pytest.Item, ending: Ending) -> list[pytest.TestReport]:
+def _reports(item: pytest.Item, ending: Ending, *, is_plain: bool) -> list[pytest.TestReport]:
     """Return pytest's reports of a child, with one more if it did not come to a good end."""
     unpack = item.config.hook.pytest_report_from_serializable
     reports = [unpack(config=item.config, data=data) for data in ending.records if isinstance(data, dict)]
-    if plain.is_plain(item):
+    if is_plain:
         reports = _fill_in(item, ending, reports)
     if ending.how is How.DONE and not ending.leftovers:
         return reports
