@@ -16,7 +16,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from ctypes import addressof, sizeof
 from dataclasses import dataclass
 from enum import IntEnum
@@ -237,36 +237,31 @@ def _output_text(field: str | None, output: int | None) -> str:
 
 
 @contextmanager
-def refuses(number: int, *, output: int | None = None) -> Iterator[None]:
+def refuses(number: int, *, output: int | None = None, or_untouched: bool = False) -> Iterator[None]:
     """Assert that the one ioctl in the block fails with this errno.
 
     ``output`` is the value its output field must have then; by default -errno. UNTOUCHED stands for a field that
-    the kernel must leave alone. Requests without an output field only have the errno.
+    the kernel must leave alone; ``or_untouched`` leaves it the choice. Requests without an output field only have the
+    errno.
     """
     wanted = -number if output is None else output
     try:
         yield
     except UffdError as error:
-        if error.errno != number or error.output not in (None, wanted):
+        allowed = {None, wanted, *([UNTOUCHED] if or_untouched else [])}
+        if error.errno != number or error.output not in allowed:
             text = errno_name(number) + (_output_text(error.field, wanted))
             raise AssertionError(f"expected {text}; got {error}") from None
     else:
         raise AssertionError(f"expected {errno_name(number)}; the call succeeded")
 
 
-@contextmanager
-def held_up() -> Iterator[None]:
+def held_up() -> AbstractContextManager[None]:
     """Assert that the fill in the block says EAGAIN: an event is unread, or the operation behind it not over yet.
 
     The output field says so, too, or is left alone, as by kernels before 6.15; event-output-field tells which.
     """
-    try:
-        with refuses(errno.EAGAIN):
-            yield
-    except AssertionError as error:
-        cause = error.__context__
-        if not isinstance(cause, UffdError) or (cause.errno, cause.output) != (errno.EAGAIN, UNTOUCHED):
-            raise
+    return refuses(errno.EAGAIN, or_untouched=True)
 
 
 @contextmanager
@@ -1133,7 +1128,6 @@ class Pagemap:
         entries = cls.entries(area.range)[:: area.page_size // PAGE_SIZE]
         present = [page for page, entry in enumerate(entries) if entry & uapi.PM_PRESENT]
         expect(present, sorted(pages), f"pages of the {area.mem.name} area that are mapped")
-
 
 
 def require_soft_dirty(written: int) -> None:
