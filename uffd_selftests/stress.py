@@ -186,6 +186,7 @@ class Stress:
                 "uffd": self._uffd.fd,
                 "blocking": blocking,
                 "wp": self.wp,
+                "private_file": ctx.mem is SHMEM_PRIVATE,
                 "drop": Advice.REMOVE if ctx.mem.shared else Advice.DONTNEED,
                 "page_size": ctx.page_size,
                 "nr_pages": self.nr_pages,

@@ -530,6 +530,22 @@ static void answer_missing(struct thread *t, uint64_t page)
 	count(&c->answered[page]);
 }
 
+/*
+ * A write to a page that is there is reported as if it were missing: in private memory of a file, do_fault() looks at
+ * the page table without its lock, and whoever changes a protection or copies on write clears the entry for a moment.
+ * The kernel notices before the thread sleeps, but the message may have been read by then.
+ */
+static void answer_mistaken(struct thread *t, uint64_t page)
+{
+	const struct stress_config *c = t->bounce->c;
+
+	note(&t->stats->missing);
+	count(&c->missing[page]);
+	if (fill(t, page, copy_of(c, page)))
+		fail(t, (struct stress_failure){ .kind = STRESS_FLAGS, .page = page, .observed = FLAG_WRITE });
+	count(&c->answered[page]);
+}
+
 static void answer_wp(struct thread *t, uint64_t page)
 {
 	const struct stress_config *c = t->bounce->c;
@@ -562,6 +578,8 @@ static void answer(struct thread *t, const struct msg *msg)
 		fail(t, (struct stress_failure){ .kind = STRESS_OUTSIDE, .observed = address });
 	else if (!flags)
 		answer_missing(t, page);
+	else if (c->private_file && flags == FLAG_WRITE)
+		answer_mistaken(t, page);
 	else if (c->wp && flags == (FLAG_WP | FLAG_WRITE))
 		answer_wp(t, page);
 	else

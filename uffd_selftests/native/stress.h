@@ -81,6 +81,7 @@ struct stress_config {
 	int wp;			/* pages are filled protected, and each copier protects its share again half-way */
 	int random;		/* workers draw their pages; else they go through them in order */
 	int racing;		/* all workers take the same pages at the same time; else each has its own */
+	int private_file;	/* dst is private memory of a file */
 	int drop;		/* advice for madvise(2) that frees pages of src or dst */
 	uint64_t src, dst;
 	uint64_t alias;		/* another mapping of dst, where a copy can be repeated; 0: none */
