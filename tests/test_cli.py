@@ -39,7 +39,7 @@ ONE_OF_EACH = """
         if variant == "with device":
             pytest.skip("no device")
 
-    @uffd_case("breaks", defect=Defect("D-ROW-3", "sleeps for ever", "6.18", "wake it"))
+    @uffd_case("breaks", defect=Defect("D-ROW-3", "sleeps for ever", "6.18", "wake it", "assert False"))
     def test_breaks():
         '''It is known to break its word here.'''
         assert False

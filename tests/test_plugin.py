@@ -127,13 +127,25 @@ def test_context(run: Run) -> None:
 
 @needs_userfaultfd
 def test_known_defect(run: Run) -> None:
-    """A defect excuses a failed assertion, and nothing else."""
-    defect = "defect=Defect('D-X-1', 'it sleeps on', '6.18', 'wake it')"
+    """A defect excuses the failed assertion that it causes, and nothing else."""
+    defect = "defect=Defect('D-X-1', 'it sleeps on', '6.18', 'wake it', 'expected 0, got 1')"
     result = run(
         f"""
     @uffd_case("asserts", {defect})
     def test_asserts():
-        assert False
+        raise AssertionError("asleep: expected 0, got 1")
+
+    @uffd_case("asserts-other", {defect})
+    def test_asserts_other():
+        raise AssertionError("asleep: expected 0, got 2")
+
+    @uffd_case("asserts-with-fixture", {defect})
+    def test_asserts_with_fixture(tmp_path):
+        raise AssertionError("asleep: expected 0, got 1")
+
+    @uffd_case("asserts-other-with-fixture", {defect})
+    def test_asserts_other_with_fixture(tmp_path):
+        raise AssertionError("asleep: expected 0, got 2")
 
     @uffd_case("raises", {defect})
     def test_raises():
@@ -145,7 +157,7 @@ def test_known_defect(run: Run) -> None:
     """,
         "-rx",
     )
-    result.assert_outcomes(xfailed=1, failed=1, xpassed=1)
+    result.assert_outcomes(xfailed=2, failed=3, xpassed=1)
     result.stdout.fnmatch_lines(["XFAIL * - D-X-1: it sleeps on*"])
 
 
@@ -153,7 +165,7 @@ def test_known_defect(run: Run) -> None:
 def test_strict_defects(run: Run) -> None:
     """With --strict-defects a known defect excuses nothing."""
     case = """
-    @uffd_case("asserts", defect=Defect('D-X-1', 'it sleeps on', '6.18', 'wake it'))
+    @uffd_case("asserts", defect=Defect('D-X-1', 'it sleeps on', '6.18', 'wake it', ''))
     def test_asserts():
         assert False
     """

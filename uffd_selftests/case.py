@@ -44,6 +44,8 @@ class Defect:
     """Where it was seen: ``6.12.117, 6.18.44``."""
     advice: str
     """What a user of such a kernel should do."""
+    shows: str
+    """Regular expression: how the AssertionError that it causes reads. Any other one is a failure."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Case:
     """The bugs of docs/regressions.md that would make it fail."""
     kind: Kind = Kind.PROMISE
     defect: Defect | None = None
-    """The known defect because of which an AssertionError of this case is an expected failure."""
+    """The known defect because of which one certain AssertionError of this case is an expected failure."""
     smp: bool = False
     """Let the case run on every CPU. The others are kept on one: a fault is then a switch to the handler and back
     instead of two wake-ups of a sleeping CPU, which takes several times longer."""

@@ -112,7 +112,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.extra_keyword_matches.update((case.name, case.result_name(variant, mem)))
     if case and case.defect and not item.config.stash[SETTINGS].strict:
         reason = f"{case.defect.id}: {case.defect.summary}"
-        item.add_marker(pytest.mark.xfail(raises=AssertionError, reason=reason, strict=False))
+        known = pytest.RaisesExc(AssertionError, match=case.defect.shows)
+        item.add_marker(pytest.mark.xfail(raises=known, reason=reason, strict=False))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -231,6 +231,7 @@ RESOLVABLE = Defect(
     summary="UFFDIO_WRITEPROTECT un-protects a page that is tracked asynchronously, which makes it count as written",
     kernels="6.12.117, 6.18.44",
     advice="do not un-protect in a range registered with UFFD_FEATURE_WP_ASYNC",
+    shows=r"expected EINVAL; the call succeeded",
 )
 
 
@@ -439,6 +440,7 @@ PASSED_OVER = Defect(
     "and does not say so in walk_end",
     kernels="6.12.117, 6.18.44",
     advice="with PM_SCAN_WP_MATCHING on huge pages make max_pages a multiple of their size in base pages, or 0",
+    shows=r"\d+ at most: expected Scan\(regions=\[\], walk_end=\d+\), got Scan\(regions=\[\], walk_end=\d+\)",
 )
 
 

@@ -526,6 +526,7 @@ D_BEYOND_EOF = Defect(
     summary="UFFDIO_CONTINUE of shmem beyond the end of the file says EINVAL, like to a bad argument",
     kernels="6.12.117, 6.18.44",
     advice="Where the file may be truncated meanwhile, take EINVAL of UFFDIO_CONTINUE like EFAULT.",
+    shows=r"expected EFAULT .*: EINVAL with mapped = -EINVAL",
 )
 
 
@@ -578,6 +579,7 @@ D_NOT_OFFERED = Defect(
     summary="UFFDIO_CONTINUE works on a range registered for missing faults only, which did not offer it",
     kernels="6.12.117, 6.18.44",
     advice="Nothing breaks; do not rely on it.",
+    shows=r"expected EINVAL; the call succeeded",
 )
 
 

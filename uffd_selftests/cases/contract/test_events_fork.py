@@ -429,6 +429,7 @@ LOST = Defect(
     "away and leaves a userfaultfd open that nobody was told of",
     kernels="6.12.117, 6.18.44",
     advice="Read into memory that is there; it happens to a monitor with a defect only.",
+    shows=r"expected \(True, 0\), got \(False, 1\)",
 )
 
 

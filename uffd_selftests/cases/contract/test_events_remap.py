@@ -96,6 +96,7 @@ SHRUNK = Defect(
     "userfaultfd(2) have its original one",
     kernels="6.18.44",
     advice="Take what lies behind the announced length at the old place for gone as well; UFFD_EVENT_UNMAP tells.",
+    shows=r"remap\.len: expected",
 )
 
 

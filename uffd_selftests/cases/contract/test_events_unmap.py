@@ -210,6 +210,7 @@ SEALED = Defect(
     "UFFD_EVENT_UNMAP for the whole range",
     kernels="6.12.117, 6.18.44",
     advice="Do not seal mappings beside registered ones; else look into /proc/PID/maps when UFFD_EVENT_UNMAP comes.",
+    shows=r"events of a munmap that failed: expected \[\], got \[Unmapped\([^\[]*\]",
 )
 
 

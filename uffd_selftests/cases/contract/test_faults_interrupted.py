@@ -180,6 +180,7 @@ SPINS = Defect(
     kernels="6.12.117, 6.18.44",
     advice="Resolve faults soon, read until EAGAIN and poll again, block signals in threads that make system calls "
     "on registered memory, or touch it before.",
+    shows=r"sleeps again after a signal: expected True, got False",
 )
 
 

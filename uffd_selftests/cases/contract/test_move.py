@@ -814,6 +814,7 @@ D_PINNED_PART = Defect(
     summary="UFFDIO_MOVE of a part of a pinned transparent huge page spins in the kernel until it is unpinned",
     kernels="6.12.117",
     advice="Use MADV_NOHUGEPAGE on a source of which pages may be pinned.",
+    shows=r"UFFDIO_MOVE did not return before the page was unpinned",
 )
 
 
@@ -987,6 +988,7 @@ D_SWAPPED_WP = Defect(
     summary="UFFDIO_MOVE of a write-protected page in swap takes the uffd-wp bit into a range not registered for it",
     kernels="6.12.117, 6.18.44",
     advice="Un-protect a source range before pages are moved out of it.",
+    shows=r"after UFFDIO_MOVE: expected PM_UFFD_WP .* pages: none, got 0",
 )
 
 

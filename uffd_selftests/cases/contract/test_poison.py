@@ -323,6 +323,7 @@ D_PAGEMAP = Defect(
     summary="/proc/PID/pagemap shows a poisoned base page as swapped out, with an offset that means nothing",
     kernels="6.12.117, 6.18.44",
     advice="Do not count pages as swapped out by PM_SWAP of pagemap alone where UFFDIO_POISON is in use.",
+    shows=r"PM_SWAP in pagemap: expected 0, got PM_SWAP",
 )
 
 

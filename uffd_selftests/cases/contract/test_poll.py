@@ -205,6 +205,7 @@ NO_RDNORM = Defect(
     summary="poll(2) for POLLRDNORM alone is never answered: the kernel reports POLLIN without it.",
     kernels="6.12.117, 6.18.44",
     advice="Ask for POLLIN.",
+    shows=r"for POLLRDNORM: expected POLLRDNORM, got 0",
 )
 
 

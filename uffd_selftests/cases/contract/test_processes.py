@@ -354,6 +354,7 @@ DEBUGGER = Defect(
     "provide it is not told",
     kernels="6.12.117, 6.18.44",
     advice="Have the page filled or released first, or use process_vm_readv(2).",
+    shows=r"got \(0, 'EIO'\)",
 )
 
 

@@ -359,6 +359,7 @@ EATEN = Defect(
     summary="read(2) into a bad buffer fails with EFAULT, but the message is gone: it is never told again.",
     kernels="6.12.117, 6.18.44",
     advice="Read into memory that is there; after EFAULT wake the whole registered area, which brings new messages.",
+    shows=r"after read\(2\) failed with EFAULT: expected 1, got 0",
 )
 
 SECOND_EATEN = Defect(
@@ -366,6 +367,7 @@ SECOND_EATEN = Defect(
     summary="read(2) whose buffer is bad from the second message on returns the first, but the second is gone.",
     kernels="6.12.117, 6.18.44",
     advice="Read into memory that is there for the whole length that is asked for.",
+    shows=r"after read\(2\) returned one of two: expected 1, got 0",
 )
 
 
@@ -536,6 +538,7 @@ INTERRUPTED = Defect(
     summary="IORING_OP_READ of a userfaultfd without O_NONBLOCK completes at once with -EINTR.",
     kernels="6.12.117, 6.18.44",
     advice="Give the descriptor O_NONBLOCK, or the request IOSQE_ASYNC.",
+    shows=r"result of the request: expected 32, got -EINTR",
 )
 
 

@@ -310,6 +310,7 @@ DEV_ZERO = Defect(
     summary="a private mapping of /dev/zero can be registered as MISSING, but COPY, ZEROPAGE and POISON say EFAULT",
     kernels="6.12.117, 6.18.44",
     advice="map anonymous memory with MAP_ANONYMOUS instead of /dev/zero",
+    shows=r"UFFDIO_\w+\(.*\): EFAULT with \w+ = -EFAULT",
 )
 
 
@@ -512,6 +513,7 @@ DROPPABLE = Defect(
     summary="MAP_DROPPABLE memory can be registered: the check tests the flag after it was masked away",
     kernels="6.12.117; fixed in 6.18.44",
     advice="do not register memory mapped MAP_DROPPABLE: the kernel may drop its pages and report them missing again",
+    shows=r"expected EINVAL; the call succeeded",
 )
 
 
@@ -536,6 +538,7 @@ SYSV = Defect(
     summary="System V shared memory cannot be registered, though the documents list it",
     kernels="6.12.117, 6.18.44",
     advice="use memfd_create(2) or mmap(2) with MAP_SHARED instead of shmat(2)",
+    shows=r"UFFDIO_REGISTER\(.*\): EINVAL",
 )
 
 
@@ -617,6 +620,7 @@ ASYNC_IOCTLS = Defect(
     summary="for a file registered with UFFD_FEATURE_WP_ASYNC, COPY, ZEROPAGE, MOVE and POISON are offered but fail",
     kernels="6.12.117, 6.18.44",
     advice="use nothing but WAKE and WRITEPROTECT on memory that is neither anonymous nor shmem nor hugetlb",
+    shows=r"ioctls offered that cannot work on a file: expected 0, got _UFFDIO_COPY",
 )
 FILLS = RangeIoctls.COPY | RangeIoctls.ZEROPAGE | RangeIoctls.MOVE | RangeIoctls.POISON
 
@@ -703,6 +707,7 @@ MOVE_ON_SHMEM = Defect(
     summary="UFFDIO_MOVE is offered for shared memory, where it always fails with EINVAL",
     kernels="6.12.117, 6.18.44",
     advice="do not take the _UFFDIO_MOVE bit for a promise: use UFFDIO_MOVE on private anonymous memory only",
+    shows=r"MOVE offered: expected False, got True",
 )
 
 
@@ -911,6 +916,7 @@ NARROWER = Defect(
     summary="registering a range again with fewer modes succeeds but leaves it in all of its modes",
     kernels="6.12.117, 6.18.44",
     advice="unregister the range first, then register it with the modes wanted",
+    shows=r"expected UFFDIO_REGISTER_MODE_MISSING, got UFFDIO_REGISTER_MODE_MISSING\|UFFDIO_REGISTER_MODE_WP",
 )
 
 
@@ -969,6 +975,7 @@ STALE_WP = Defect(
     "write to such a page gets done, but on hugetlb it spins for ever in the fault",
     kernels="6.12.117, 6.18.44; said to be refused with EBUSY since 7.3",
     advice="un-protect or unregister the range before registering it without WP",
+    shows=r"expected PM_UFFD_WP clear in pagemap|again and again, without end: expected False, got True",
 )
 
 

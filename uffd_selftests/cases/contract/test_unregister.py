@@ -399,12 +399,14 @@ WP_SLEEPS_ON = Defect(
     summary="UFFDIO_UNREGISTER of a range registered as WP only leaves threads blocked in it asleep for good",
     kernels="6.12.117, 6.18.44",
     advice="follow every UFFDIO_UNREGISTER with an UFFDIO_WAKE of the same range",
+    shows=r"threads that sleep on: expected 0, got 1",
 )
 MINOR_SLEEPS_ON = Defect(
     id="D-UNR-12",
     summary="UFFDIO_UNREGISTER of a range registered as MINOR only leaves threads blocked in it asleep for good",
     kernels="6.12.117, 6.18.44",
     advice="follow every UFFDIO_UNREGISTER with an UFFDIO_WAKE of the same range",
+    shows=r"threads that sleep on: expected 0, got 1",
 )
 
 
@@ -474,6 +476,7 @@ RACE = Defect(
     "for good, its message stays readable, and to UFFDIO_COPY its page is ENOENT",
     kernels="6.12.117, 6.18.44; not 6.1, where faults take mmap_lock",
     advice="follow every UFFDIO_UNREGISTER with an UFFDIO_WAKE of the same range, also on ENOENT of a fill",
+    shows=r"threads asleep in a range that is not registered any more .* expected 0, got 1",
 )
 ROUNDS = 40
 LEAD = 256

@@ -598,6 +598,7 @@ KEPT_BY_REMOVE = Defect(
     summary="MADV_REMOVE leaves the pages that it drops protected: the next write to each is trapped",
     kernels="6.12.117, 6.18.44",
     advice="un-protect a range of shared memory after removing it, or expect one more write-protect fault a page",
+    shows=r"after removing page 1: .* on exactly these pages: 0, got 0-1;",
 )
 
 
@@ -1306,6 +1307,7 @@ SHOWN_AS_SWAPPED = Defect(
     summary="pagemap shows a page that is protected but not there as swapped out, though nothing is in swap",
     kernels="6.12.117, 6.18.44",
     advice="do not take PM_SWAP, or PAGE_IS_SWAPPED, of a page with PM_UFFD_WP for a sign of swapping",
+    shows=r"PM_SWAP in the page's entry: expected 0, got PM_SWAP",
 )
 
 

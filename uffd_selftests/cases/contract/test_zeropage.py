@@ -446,6 +446,7 @@ MARKER_REFUSED = Defect(
     "were there; UFFDIO_COPY fills it, and drops the protection.",
     kernels="6.12.117, 6.18.44",
     advice="Fill protected missing pages with UFFDIO_COPY from a page of zeroes, with MODE_WP to keep them protected.",
+    shows=r"UFFDIO_ZEROPAGE\(.*\): EEXIST with zeropage = -EEXIST",
 )
 
 

@@ -350,6 +350,7 @@ RETRIED = Defect(
     "page that it has then moved itself, and wakes nobody.",
     kernels="6.18.44; not 6.12.117",
     advice="After EEXIST wake the range, and let pagemap tell whether the source page has gone.",
+    shows=r"expected success or EAGAIN or EBUSY; got .* EEXIST",
 )
 
 
