@@ -245,7 +245,7 @@ def test_an_exception_ends_the_child(isolator: Isolator, monkeypatch: pytest.Mon
     def interrupted(*_: Any) -> bool:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(isolation._Child, "wait", interrupted)
+    monkeypatch.setattr(isolation.Child, "wait", interrupted)
     before = set(proc.children(os.getpid()))
     with pytest.raises(KeyboardInterrupt):
         isolator.run(lambda _: time.sleep(1000), deadline=30)
@@ -259,9 +259,7 @@ def test_guarded_descriptors_do_not_reach_the_child() -> None:
     isolator = Isolator()
     isolator.guard(file)
     try:
-        ending = isolator.run(
-            lambda send: send([os.write(writer, b"noise"), os.write(file, b"noise")]), deadline=30
-        )
+        ending = isolator.run(lambda send: send([os.write(writer, b"noise"), os.write(file, b"noise")]), deadline=30)
         os.set_blocking(reader, False)
         with pytest.raises(BlockingIOError):
             os.read(reader, 1)

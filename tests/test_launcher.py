@@ -61,6 +61,22 @@ def test_hang_and_leftovers(launcher: Launcher) -> None:
     assert launcher.run("one", deadline=30).how is How.DONE
 
 
+def test_the_next_child_may_die(launcher: Launcher) -> None:
+    """A child that is killed before it has work, as the kernel does when memory is short, is made good for."""
+    assert launcher.run("one", deadline=30).how is How.DONE
+
+    def waiting() -> list[int]:
+        return [pid for pid, process in proc.children(launcher.pid).items() if process.state != "Z"]
+
+    while not waiting():
+        time.sleep(0.001)
+    for pid in waiting():
+        os.kill(pid, signal.SIGKILL)
+    while waiting():
+        time.sleep(0.001)
+    assert launcher.run("other", deadline=30).how is How.DONE
+
+
 def test_its_death_is_an_error(launcher: Launcher) -> None:
     """A case that kills the launcher, or for which the kernel does, is an error and ends with it."""
     ending = launcher.run("kill the launcher", deadline=30)

@@ -30,11 +30,15 @@ import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 
 from uffd_selftests.harness import proc
 
 Send = Callable[[object], None]
 Work = Callable[[Send], None]
+Order = tuple[Work, float]
+"""What a child is to do, and the deadline in seconds."""
 
 PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 PR_SET_CHILD_SUBREAPER = 36
@@ -101,14 +105,15 @@ class Isolator:
     def __init__(self) -> None:
         self._spared = set(proc.children(os.getpid()))  # not ours: they were here before
         self._guarded = _talking_descriptors()
-        self._child: _Child | None = None
+        self._own: dict[int, Child] = {}
+        """Children that have not been seen through, by process ID."""
         _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         gc.freeze()  # a collection in a child would copy every page that holds an object's header
 
     def close(self) -> None:
         """Stop being the reaper, after having cleared away what an exception may have left in the middle of run."""
-        if self._child and self._child.pid not in self._spared:
-            self._child.kill()
+        for child in list(self._own.values()):
+            self._end(child)
         self._clear_strays()
         _prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
@@ -126,8 +131,25 @@ class Isolator:
         work gets a function that sends a record (anything that can be pickled) to the parent at once.  The deadline is
         in seconds from now.  An exception here (Ctrl-C) ends the child, too.
         """
+        return self.see_through(self._fork(lambda: (work, deadline)), deadline)
+
+    def prepare(self, find: Callable[[str], Work]) -> Prepared:
+        """Fork a child for work that will be known later, by a name; find is called in the child."""
+        theirs, ours = Pipe(duplex=False)
+
+        def take() -> Order:
+            ours.close()
+            name, deadline = theirs.recv()
+            theirs.close()
+            return find(name), deadline
+
+        child = self._fork(take)
+        theirs.close()
+        return Prepared(child, ours)
+
+    def see_through(self, child: Child, deadline: float) -> Ending:
+        """Wait until a child ends, or end it at its deadline; return how that went."""
         started = time.monotonic()
-        child = self._child = self._fork(work, deadline)
         leftovers: list[str] = []
         immortal: list[str] = []
         hang = None
@@ -135,12 +157,10 @@ class Isolator:
             if not child.wait(started + deadline):
                 hang = self._look(child.pid)
         finally:
-            if not child.kill():
-                self._spared.add(child.pid)
+            if not self._end(child):
                 immortal.append(f"process {child.pid} cannot be killed")
             for stray, died in self._clear_strays():
                 (leftovers if died else immortal).append(f"process {stray}" + ("" if died else " cannot be killed"))
-            child.close()
         seconds = time.monotonic() - started
         records, problem = child.verdict()
         if hang is not None:
@@ -149,7 +169,8 @@ class Isolator:
             return Ending(How.ERROR, problem, records, child.traceback, immortal, seconds)
         return Ending(How.DONE, "", records, [], leftovers + immortal, seconds)
 
-    def _fork(self, work: Work, deadline: float) -> _Child:
+    def _fork(self, take: Callable[[], Order]) -> Child:
+        """Fork a child, which calls take and does what that returns."""
         reports, sink = os.pipe()  # both are close-on-exec
         notes = os.memfd_create("tracebacks")
         sys.stdout.flush()
@@ -162,6 +183,7 @@ class Isolator:
                 # One that has been closed since may have lent its number to the child's own descriptors.
                 _settle(parent, set(self._guarded) - {sink, notes})
                 faulthandler.enable(file=notes)
+                work, deadline = take()
                 faulthandler.dump_traceback_later(TRACEBACK_SHARE * deadline, file=notes)
                 _perform(work, sink, notes)
             finally:
@@ -169,18 +191,26 @@ class Isolator:
         os.close(sink)
         with contextlib.suppress(OSError):  # both sides do it, so that it holds from here on and from there on
             os.setpgid(pid, pid)
-        return _Child(pid, reports, notes)
+        self._own[pid] = Child(pid, reports, notes)
+        return self._own[pid]
+
+    def _end(self, child: Child) -> bool:
+        """Kill a child unless it has ended by itself, and release it; False when it does not die."""
+        died = child.kill()
+        if not died:
+            self._spared.add(child.pid)
+        child.close()
+        del self._own[child.pid]
+        return died
 
     def _look(self, pid: int) -> list[str]:
         """Say what a hung child and its family are doing; from a child of its own, for this can hang as well."""
-        adopted = [stray.pid for stray in self._strays() if stray.pid != pid]
-        looker = self._fork(lambda send: send(proc.describe(proc.family(pid, adopted))), LOOK_SECONDS)
+        adopted = [stray.pid for stray in self._strays()]
+        looker = self._fork(lambda: (lambda send: send(proc.describe(proc.family(pid, adopted))), LOOK_SECONDS))
         try:
             looker.wait(time.monotonic() + LOOK_SECONDS)
         finally:
-            if not looker.kill():
-                self._spared.add(looker.pid)
-            looker.close()
+            self._end(looker)
         records, _ = looker.verdict()
         for lines in records:
             if isinstance(lines, list):
@@ -188,12 +218,14 @@ class Isolator:
         return [f"reading /proc/{pid} did not come back within {LOOK_SECONDS:g} seconds"]
 
     def _strays(self) -> list[proc.Process]:
-        """Return the children of this process that are not to be spared; costs one system call when there is none."""
-        try:
-            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:
-            return []
-        return [child for child in proc.children(os.getpid()).values() if child.pid not in self._spared]
+        """Return the children of this process that are neither its own nor to be spared."""
+        if not self._own:
+            try:  # one system call says whether there is any child
+                os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return []
+        known = self._spared | self._own.keys()
+        return [child for child in proc.children(os.getpid()).values() if child.pid not in known]
 
     def _clear_strays(self) -> list[tuple[proc.Process, bool]]:
         """Kill the orphans of a child that is gone, and theirs; return each, and whether it died."""
@@ -209,7 +241,21 @@ class Isolator:
 
 
 @dataclass
-class _Child:
+class Prepared:
+    """A child that waits to be told what to do; it ends when nobody can any more."""
+
+    child: Child
+    orders: Connection
+
+    def begin(self, name: str, deadline: float) -> Child:
+        """Have it do the work of this name, once; raises BrokenPipeError when it has died."""
+        with self.orders:
+            self.orders.send((name, deadline))
+        return self.child
+
+
+@dataclass
+class Child:
     """The parent's view of a child process."""
 
     pid: int
@@ -448,4 +494,3 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-

@@ -15,6 +15,7 @@ import time
 from multiprocessing import Pipe
 from typing import TYPE_CHECKING
 
+from uffd_selftests.harness import proc
 from uffd_selftests.harness.isolation import Ending, How, Isolator, die_with, fork, kill
 
 if TYPE_CHECKING:
@@ -74,10 +75,22 @@ def _serve(channel: Connection, find: Callable[[str], Work], guarded: Iterable[i
     isolator = Isolator()
     for fd in guarded:
         isolator.guard(fd)
+    # Forking takes longer than most cases do.  The next child is made while one works, if there is a CPU for that and
+    # the kernel says at once that it is the only child left behind.
+    early = len(os.sched_getaffinity(0)) > 1 and proc.lists_children()
+    prepared = isolator.prepare(find)
     try:
         while True:
             name, deadline = channel.recv()
-            channel.send(isolator.run(find(name), deadline=deadline))
+            try:
+                child = prepared.begin(name, deadline)
+            except BrokenPipeError:  # killed while it waited: the kernel was short of memory
+                child = isolator.prepare(find).begin(name, deadline)
+            if early:
+                prepared = isolator.prepare(find)
+            channel.send(isolator.see_through(child, deadline))
+            if not early:
+                prepared = isolator.prepare(find)
     except EOFError:
         pass
     finally:

@@ -57,7 +57,16 @@ def _process(pid: int) -> Process | None:
 
 def children(parent: int) -> dict[int, Process]:
     """Return the direct children of a process, zombies included."""
+    if lists_children():
+        tasks = os.listdir(f"/proc/{parent}/task")
+        pids = [int(pid) for tid in tasks for pid in _read(f"/proc/{parent}/task/{tid}/children").split()]
+        return {pid: process for pid in pids if (process := _process(pid))}
     return {pid: process for pid, process in processes().items() if process.parent == parent}
+
+
+def lists_children() -> bool:
+    """Whether the kernel lists a process's children (CONFIG_PROC_CHILDREN): else all processes must be looked at."""
+    return os.path.exists(f"/proc/self/task/{os.getpid()}/children")
 
 
 def family(pid: int, adopted: Iterable[int] = ()) -> list[Process]:

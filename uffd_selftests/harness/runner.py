@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
+    from uffd_selftests.case import Case
     from uffd_selftests.harness.health import KernelHealth
     from uffd_selftests.harness.settings import Settings
     from uffd_selftests.kernel import Facts
@@ -151,7 +152,7 @@ class Runner:
         """Run a plain case in a child of a process that does nothing else."""
         if not self._launcher:
             items = {item.nodeid: item for item in item.session.items}
-            self._launcher = Launcher(lambda name: lambda send: self._perform(items[name], send), self._guarded)
+            self._launcher = Launcher(lambda name: lambda send: self._call(items[name], send), self._guarded)
             if self._isolator:
                 self._isolator.spare(self._launcher.pid)
         ending = self._launcher.run(item.nodeid, deadline=deadline)
@@ -181,18 +182,32 @@ class Runner:
         # Subtests report through the same hook.
         for relay in (item.config.hook, item.ihook):
             setattr(relay, "pytest_runtest_logreport", forward)  # noqa: B010  # mypy knows no hook by name
+        self._place(item)
+        runtestprotocol(item, log=True, nextitem=None)
+        if not failed:
+            _send_leaks(send)
+
+    def _call(self, item: pytest.Item, send: Send) -> None:
+        """Run a plain case in the child and send what became of it."""
+        assert isinstance(item, pytest.Function)
+        case = self._place(item)
+        outcome = plain.perform(item, self._settings.area_bytes_of(case))
+        send(outcome)
+        if isinstance(outcome, plain.Passed):
+            _send_leaks(send)
+
+    def _place(self, item: pytest.Item) -> Case | None:
+        """Choose the CPU for a test; return the case that it declares."""
         case, _, _ = declaration(item)
         if case and not case.smp:
             os.sched_setaffinity(0, {self._cpu})
-        if isinstance(item, pytest.Function) and plain.is_plain(item):
-            outcome = plain.perform(item, self._settings.area_bytes_of(case))
-            failed = not isinstance(outcome, plain.Passed)
-            send(outcome)
-        else:
-            runtestprotocol(item, log=True, nextitem=None)
-        if not failed:  # the traceback of a failure keeps its frames alive, and what they hold
-            for fd in proc.userfaultfds():
-                send(Leak(f"userfaultfd {fd} is open"))
+        return case
+
+
+def _send_leaks(send: Send) -> None:
+    """Send what a test left open; not after a failure, whose traceback keeps its frames alive, and what they hold."""
+    for fd in proc.userfaultfds():
+        send(Leak(f"userfaultfd {fd} is open"))
 
 
 def _reports(item: pytest.Item, ending: Ending, *, is_plain: bool) -> list[pytest.TestReport]:
