@@ -22,7 +22,7 @@ from uffd_selftests.harness import settings
 from uffd_selftests.uapi import Feature
 
 if TYPE_CHECKING:
-    from tests.conftest import Starter, SuiteWriter
+    from tests.conftest import Run, Starter, SuiteWriter
 
 FACTS = kernel.probe()
 UNAVAILABLE = kernel.no_userfaultfd(FACTS)
@@ -340,13 +340,23 @@ HANGS = """
         pass
 
     @uffd_case("slow", mem=(ANON, SHMEM))
-    def test_slow(mem, request):
-        started = request.config.rootpath / f"started-{mem}.{os.getpid()}"
+    def test_slow(mem):
         if not os.fork():
             os.setsid()
-            started.touch()
+            open(f"started-{mem}.{os.getpid()}", "w").close()
         time.sleep(1000)
 """
+
+
+def started(cli: Starter, *args: str) -> Run:
+    """Start a run of HANGS, and wait until a case does what it says."""
+    run = cli.start(*args)
+    until = time.monotonic() + 60
+    while not list(cli.folder.glob("started-*")):
+        assert time.monotonic() < until
+        assert run.process.poll() is None
+        time.sleep(0.02)
+    return run
 
 
 @needs_userfaultfd
@@ -354,13 +364,7 @@ HANGS = """
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_interrupt(cli: Starter, suite: SuiteWriter, number: signal.Signals, workers: str) -> None:
     """A signal ends the run at once: bail-out, exit code of the signal, nothing left behind, reports written."""
-    path = suite.write(HANGS)
-    run = cli.start("-n", workers, "--deadline", "1000", "--", path)
-    until = time.monotonic() + 60
-    while not list(cli.folder.glob("started-*")):
-        assert time.monotonic() < until
-        assert run.process.poll() is None
-        time.sleep(0.02)
+    run = started(cli, "-n", workers, "--deadline", "1000", "--", suite.write(HANGS))
     run.process.send_signal(number)
     run.wait()
     assert run.code == 128 + number
@@ -386,6 +390,19 @@ def test_reader_goes_away(cli: Starter, suite: SuiteWriter) -> None:
     assert run.code == 128 + signal.SIGPIPE
     assert len(run.document["results"]) < 50
     assert "Traceback" not in run.stderr
+
+
+@needs_userfaultfd
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_killed(cli: Starter, suite: SuiteWriter, workers: str) -> None:
+    """SIGKILL of a run ends its cases, too, and what they have started, with workers and without."""
+    run = started(cli, "-n", workers, "--deadline", "1000", "--", suite.write(HANGS))
+    run.process.kill()
+    run.wait()
+    until = time.monotonic() + 60
+    while run.survivors() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert run.survivors() == []
 
 
 @needs_userfaultfd

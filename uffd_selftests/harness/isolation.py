@@ -347,17 +347,17 @@ def fork() -> int:
         return os.fork()
 
 
-def die_with(parent: int) -> None:
-    """Make this process, a fresh child, a group of its own that dies with its parent."""
-    os.setpgid(0, 0)
-    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+def end_with(parent: int, number: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when its parent has died."""
+    _prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
     if os.getppid() != parent:  # it died before the line above took effect
         os._exit(1)
 
 
 def _settle(parent: int, guarded: Iterable[int]) -> None:
     """Make this process, a fresh child, one that dies with its parent and disturbs nobody."""
-    die_with(parent)
+    os.setpgid(0, 0)
+    end_with(parent)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     gc.disable()

@@ -16,7 +16,7 @@ from multiprocessing import Pipe
 from typing import TYPE_CHECKING
 
 from uffd_selftests.harness import proc
-from uffd_selftests.harness.isolation import Ending, How, Isolator, die_with, fork, kill
+from uffd_selftests.harness.isolation import Ending, How, Isolator, end_with, fork, kill
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -70,8 +70,9 @@ class Launcher:
 
 def _serve(channel: Connection, find: Callable[[str], Work], guarded: Iterable[int], parent: int) -> None:
     """Run what is asked for until nobody asks any more or SIGTERM comes."""
-    die_with(parent)
+    os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, _leave)
+    end_with(parent, signal.SIGTERM)  # not SIGKILL: what a case has started would be left behind
     isolator = Isolator()
     for fd in guarded:
         isolator.guard(fd)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 from uffd_selftests import kernel
 from uffd_selftests.case import ATTRIBUTE, Case, Kind
 from uffd_selftests.harness.interrupts import Signals
+from uffd_selftests.harness.isolation import end_with
 from uffd_selftests.harness.plain import make_context
 from uffd_selftests.harness.reporter import Reporter
 from uffd_selftests.harness.results import Planned, declaration
@@ -63,6 +65,7 @@ def _is_worker(config: pytest.Config) -> bool:
 
 
 def _be_worker(config: pytest.Config, settings: Settings, given: dict[str, Any]) -> None:
+    end_with(os.getppid(), signal.SIGTERM)  # xdist's worker would notice only when it next reports
     facts = config.stash[FACTS] = kernel.Facts.from_dict(given["facts"])
     turns = Path(given["folder"]) / TURNS
     number = int(config.workerinput["workerid"].removeprefix("gw"))  # type: ignore[attr-defined]
