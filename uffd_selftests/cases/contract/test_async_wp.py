@@ -28,7 +28,7 @@ from uffd_selftests.common import (
     swap_out,
 )
 from uffd_selftests.files import plain_file
-from uffd_selftests.mem_types import ALL, ANON, HUGETLB, HUGETLB_PRIVATE, SHMEM, SHMEM_PRIVATE
+from uffd_selftests.mem_types import ALL, ANON, HUGETLB, HUGETLB_PRIVATE, NOT_HUGETLB, SHMEM, SHMEM_PRIVATE
 from uffd_selftests.memory import (
     MAP_PRIVATE,
     MAP_SHARED,
@@ -470,6 +470,8 @@ def test_async_scan_thp(ctx: Context) -> None:
     expect_written(whole, range(whole.nr_pages), "pages written, protecting them", flags=RESTART)
     Pagemap.expect_protected(whole, range(whole.nr_pages), "after that")
     expect_written(whole, (), "pages written, the next time")
+    write(ctx.uffd, whole, 7)
+    expect_written(whole, {7}, "pages written, after a write to page 7")
 
     part = huge_area(ctx)
     ctx.uffd.register(part.range, WP)
@@ -506,6 +508,19 @@ def test_async_scan_no_vector(ctx: Context) -> None:
             expect(found, Scan([], area.range.end), "pages written")
             Pagemap.expect_protected(area, protected, "after that")
     undisturbed(ctx.uffd, lambda: area.expect_pattern_of(area))
+
+
+@uffd_case("async-scan-no-vector-holes", mem=NOT_HUGETLB, features=ASYNC, needs=SCAN, pages=4, rows=("AS-08",))
+def test_async_scan_no_vector_holes(ctx: Context) -> None:
+    """Without a vector PM_SCAN_WP_MATCHING also protects pages that are not there, whether others are there or not."""
+    area = ctx.dst
+    ctx.uffd.register(area.range, WP)
+    for first, what in (0, "no page there"), (2, "page 1 there"):
+        with promise("AS-08", what):
+            found = Pagemap.scan(area.page(first, 2), WRITTEN, flags=RESTART, room=0)
+            expect(found, Scan([], area.page(first, 2).end), "pages written")
+            Pagemap.expect_protected(area, range(first + 2), "after that")
+        undisturbed(ctx.uffd, lambda: touch(area.page(1), area.page_size))
 
 
 @uffd_case("async-scan-errors", mem=(ANON,), features=ASYNC, needs=SCAN, pages=2, rows=("AS-09",))

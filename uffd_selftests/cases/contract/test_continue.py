@@ -34,6 +34,7 @@ from uffd_selftests.mem_types import ANON, FILE_BACKED, HUGETLB, HUGETLB_PRIVATE
 from uffd_selftests.memory import (
     PAGE_SIZE,
     PROT_READ,
+    PROT_WRITE,
     Advice,
     Range,
     advise,
@@ -338,6 +339,19 @@ def test_continue_wp(ctx: Context) -> None:
             ctx.uffd.unprotect(ctx.dst.page(0))
     expect(peek(start, 3), b"new", "what was written")
     ctx.uffd.expect_no_message()
+
+
+@uffd_case("continue-wp-read-only", mem=FILE_BACKED, features=MINOR_WP, pages=1, rows=("CT-10",), kind=Kind.DETAIL)
+def test_continue_wp_read_only(ctx: Context) -> None:
+    """MODE_WP protects in a read-only mapping too: when mprotect(2) makes it writable, the first write waits."""
+    with cached(ctx, mode=MINOR | WP), promise("CT-10", "PROT_READ"):
+        protect(ctx.dst.range, PROT_READ)
+        ctx.uffd.continue_(ctx.dst.range, ContinueMode.WP)
+        Pagemap.expect_protected(ctx.dst, [0], "after UFFDIO_CONTINUE with MODE_WP into a read-only mapping")
+        protect(ctx.dst.range, PROT_READ | PROT_WRITE)
+        with faulting(ctx.uffd, ctx.dst.start, write=True, flags=PagefaultFlag.WRITE | PagefaultFlag.WP):
+            ctx.uffd.unprotect(ctx.dst.range)
+        ctx.dst.expect_pattern_of(ctx.dst)
 
 
 @uffd_case("continue-wp-marker", mem=FILE_BACKED, features=MINOR_WP, pages=2, rows=("CT-10",), kind=Kind.DETAIL)

@@ -434,6 +434,19 @@ def test_copy_wp(ctx: Context) -> None:
     ctx.dst.expect_pattern_of(ctx.src)
 
 
+@uffd_case("copy-wp-read-only", mem=ALL, features=WRITEPROTECT, pages=1, rows=("CP-35",), kind=Kind.DETAIL)
+def test_copy_wp_read_only(ctx: Context) -> None:
+    """MODE_WP protects in a read-only mapping too: when mprotect(2) makes it writable, the first write waits."""
+    protect(ctx.dst.range, PROT_READ)
+    prepare(ctx, MISSING | WP)
+    copy(ctx, 0, 1, CopyMode.WP)
+    Pagemap.expect_protected(ctx.dst, (0,), "after a copy with MODE_WP into a read-only mapping")
+    protect(ctx.dst.range, PROT_READ | PROT_WRITE)
+    with faulting(ctx.uffd, ctx.dst.start, write=True, flags=WRITE | PagefaultFlag.WP):
+        ctx.uffd.unprotect(ctx.dst.range)
+    ctx.dst.expect_pattern_of(ctx.src)
+
+
 @uffd_case("copy-wp-wakes", mem=ALL, features=WRITEPROTECT, pages=2, rows=("CP-35", "CP-13"))
 def test_copy_wp_wakes(ctx: Context) -> None:
     """MODE_WP wakes readers like any copy; a thread that wanted to write faults again, for the protection now."""

@@ -175,6 +175,18 @@ def test_copy_counted(ctx: Context) -> None:
     expect(grown > ctx.nr_pages - blur, True, f"{field} grown by {grown} pages, {ctx.nr_pages} copied, as")
 
 
+@uffd_case("copy-counted-hugetlb", mem=(HUGETLB, HUGETLB_PRIVATE), pages=2, rows=("CP-01",), kind=Kind.DETAIL)
+def test_copy_counted_hugetlb(ctx: Context) -> None:
+    """A copied huge page counts among the process's huge pages, until it is unmapped."""
+    ctx.src.fill()
+    ctx.uffd.register(ctx.dst.range, MISSING)
+    before = resident("HugetlbPages")
+    ctx.uffd.copy(ctx.dst.start, ctx.src.start, ctx.dst.range.len)
+    expect(resident("HugetlbPages") - before, ctx.dst.range.len // PAGE_SIZE, "base pages by which HugetlbPages grew")
+    advise(ctx.dst.page(0), Advice.DONTNEED)
+    expect(resident("HugetlbPages") - before, HUGEPAGE // PAGE_SIZE, "the same without page 0")
+
+
 @uffd_case("copy-soft-dirty", mem=NOT_HUGETLB, pages=2, rows=("CP-01",), kind=Kind.DETAIL)
 def test_copy_soft_dirty(ctx: Context) -> None:
     """A copied page counts as written since soft-dirty tracking began."""
@@ -286,6 +298,34 @@ def test_copy_hugetlb_gives_back(ctx: Context) -> None:
                     with refuses(EEXIST):
                         ctx.uffd.copy(start, ctx.src.start, HUGEPAGE)
                     expect(free_bytes(fd), free, "bytes free after EEXIST")
+
+
+@uffd_case(
+    "copy-hugetlb-beyond-file-gives-back",
+    mem=(HUGETLB,),
+    needs=("cap_sys_admin",),
+    pages=1,
+    spare_hugepages=2,
+    rows=("CP-24", "CP-27"),
+    bugs=(11,),
+    kind=Kind.DETAIL,
+)
+def test_copy_hugetlb_beyond_file_gives_back(ctx: Context) -> None:
+    """A copy beyond the end of a file of huge pages gives the page, and its reservation, back."""
+    ctx.src.fill()
+    size = 2 * HUGEPAGE
+    for flags in MAP_SHARED, MAP_SHARED | MAP_NORESERVE:
+        with limited_file("hugetlbfs", size, size) as fd, mapped(size, flags=flags, fd=fd) as where:
+            os.ftruncate(fd, HUGEPAGE)
+            ctx.uffd.register(where, MISSING)
+            free = free_bytes(fd)
+            with promise("CP-24", f"mmap flags {flags:#x}"):
+                with refuses(EFAULT):
+                    ctx.uffd.copy(where.start + HUGEPAGE, ctx.src.start, HUGEPAGE)
+                expect(free_bytes(fd), free, "bytes free after EFAULT")
+                os.ftruncate(fd, size)
+                ctx.uffd.copy(where.start + HUGEPAGE, ctx.src.start, HUGEPAGE)
+                expect(free_bytes(fd), free - HUGEPAGE, "bytes free when the file reaches there and has the page")
 
 
 POOL_EMPTY = Defect(

@@ -235,6 +235,21 @@ def test_move_soft_dirty(ctx: Context) -> None:
     expect(bool(Pagemap.entry(ctx.dst.start) & PM_SOFT_DIRTY), True, "soft-dirty after UFFDIO_MOVE")
 
 
+@uffd_case(
+    "move-huge-soft-dirty", mem=(ANON,), features=MOVE, needs=("thp",), pages=1, rows=("MV-01",), kind=Kind.DETAIL
+)
+def test_move_huge_soft_dirty(ctx: Context) -> None:
+    """A transparent huge page that has moved, and a part of one, counts as written since they were cleared."""
+    for what, count in (("whole", pmd_size() // PAGE_SIZE), ("a part", 2)):
+        src, dst = huge_page(ctx)
+        require_soft_dirty(src.start)
+        Path("/proc/self/clear_refs").write_text("4")
+        with promise("MV-01", f"huge page, {what}"):
+            ctx.uffd.move(dst.start, src.start, count * PAGE_SIZE)
+            dirty = [page for page in range(count) if Pagemap.entry(dst.page(page).start) & PM_SOFT_DIRTY]
+            expect(len(dirty), count, "pages that are soft-dirty after UFFDIO_MOVE")
+
+
 # ---- holes and partial results -------------------------------------------------------------------------------------
 
 
@@ -969,6 +984,26 @@ def test_move_then_swap(ctx: Context) -> None:
     prepare(ctx)
     move(ctx, 0, 2)
     swap_out(ctx.dst.range)
+    undisturbed(ctx.uffd, lambda: ctx.dst.expect_pattern_of(ctx.src))
+
+
+@uffd_case(
+    "move-freed",
+    mem=(ANON,),
+    features=MOVE,
+    needs=("swap",),
+    pages=2,
+    post_alloc=prevent_hugepages,
+    rows=("MV-01",),
+    kind=Kind.DETAIL,
+)
+def test_move_freed(ctx: Context) -> None:
+    """A page that was written again after MADV_FREE keeps its bytes when it has moved: the kernel may not drop it."""
+    prepare(ctx)
+    advise(ctx.src.range, Advice.FREE)
+    ctx.src.fill()
+    move(ctx, 0, 2)
+    advise(ctx.dst.range, Advice.PAGEOUT)
     undisturbed(ctx.uffd, lambda: ctx.dst.expect_pattern_of(ctx.src))
 
 

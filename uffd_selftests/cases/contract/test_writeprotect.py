@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from errno import EAGAIN, EFAULT, EINVAL, EIO, ENOENT, ESRCH
 from functools import partial
+from pathlib import Path
 from signal import SIGBUS, SIGSEGV
 
 from uffd_selftests import syscalls, uapi
@@ -33,6 +34,7 @@ from uffd_selftests.common import (
     promise,
     refuses,
     require_collapse,
+    require_soft_dirty,
     small_area,
     swap_out,
 )
@@ -593,6 +595,44 @@ def test_writeprotect_dontneed_missing(ctx: Context) -> None:
     expect_trapped(ctx.uffd, area, 1)
 
 
+@uffd_case(
+    "writeprotect-dontneed-swapped",
+    mem=(SHMEM_PRIVATE,),
+    features=WRITEPROTECT,
+    needs=("swap",),
+    pages=2,
+    rows=("WP-15", "WP-23"),
+    kind=Kind.DETAIL,
+)
+def test_writeprotect_dontneed_swapped(ctx: Context) -> None:
+    """MADV_DONTNEED of a private page that is swapped out leaves its place in the file's mapping protected."""
+    area = filled(ctx)
+    ctx.uffd.writeprotect(area.page(0))
+    swap_out(area.range)
+    advise(area.range, Advice.DONTNEED)
+    Pagemap.expect_protected(area, {0}, "after dropping both pages")
+    expect_free(ctx.uffd, area, 1)
+    expect_trapped(ctx.uffd, area, 0)
+
+
+@uffd_case(
+    "writeprotect-dontneed-zeropage",
+    mem=(SHMEM_PRIVATE,),
+    features=WRITEPROTECT,
+    pages=2,
+    rows=("WP-15",),
+    kind=Kind.DETAIL,
+)
+def test_writeprotect_dontneed_zeropage(ctx: Context) -> None:
+    """MADV_DONTNEED of what UFFDIO_ZEROPAGE has put into a private mapping of a file leaves its place protected."""
+    area = ctx.dst
+    ctx.uffd.register(area.range, MISSING | WP)
+    ctx.uffd.zeropage(area.range)
+    ctx.uffd.writeprotect(area.page(0))
+    advise(area.range, Advice.DONTNEED)
+    Pagemap.expect_protected(area, {0}, "after dropping both pages")
+
+
 KEPT_BY_REMOVE = Defect(
     id="D-WP-16",
     summary="MADV_REMOVE leaves the pages that it drops protected: the next write to each is trapped",
@@ -663,6 +703,43 @@ def test_writeprotect_mprotect(ctx: Context) -> None:
             expect_trapped(ctx.uffd, area, 0)
             mend(ctx, area, 0)
             area.expect_pattern_of(area)
+
+
+def expect_soft_dirty_tracked(ctx: Context, area: Area, *pages: int) -> None:
+    """Assert that these pages, protected and un-protected, are soft-dirty when they are written, and not before."""
+    require_soft_dirty(area.start)
+    Path("/proc/self/clear_refs").write_text("4")
+    ctx.uffd.writeprotect(area.range)
+    ctx.uffd.unprotect(area.range)
+    for page in pages:
+        for written in False, True:
+            expect_free(ctx.uffd, area, *([page] if written else []))
+            dirty = bool(Pagemap.entry(area.page(page).start) & uapi.PM_SOFT_DIRTY)
+            expect(dirty, written, f"soft-dirty, page {page}, {'' if written else 'not '}written since")
+
+
+@uffd_case(
+    "writeprotect-soft-dirty", mem=NOT_HUGETLB, features=WRITEPROTECT, pages=2, rows=("WP-07",), kind=Kind.DETAIL
+)
+def test_writeprotect_soft_dirty(ctx: Context) -> None:
+    """A page that was protected and un-protected again still counts as written, soft-dirty, from its next write on."""
+    expect_soft_dirty_tracked(ctx, filled(ctx), 0, 1)
+
+
+@uffd_case(
+    "writeprotect-thp-soft-dirty",
+    mem=(ANON,),
+    features=WRITEPROTECT,
+    needs=("thp",),
+    pages=1,
+    rows=("WP-07",),
+    kind=Kind.DETAIL,
+)
+def test_writeprotect_thp_soft_dirty(ctx: Context) -> None:
+    """A huge page that was protected and un-protected whole counts as written, soft-dirty, from its next write on."""
+    area = huge_area(ctx)
+    ctx.uffd.register(area.range, WP)
+    expect_soft_dirty_tracked(ctx, area, 7)
 
 
 @uffd_case(
@@ -841,6 +918,27 @@ def test_writeprotect_swap(ctx: Context) -> None:
 
 
 @uffd_case(
+    "writeprotect-swap-mprotect",
+    mem=(ANON, SHMEM_PRIVATE),
+    features=WRITEPROTECT,
+    needs=("swap",),
+    pages=2,
+    rows=("WP-20", "WP-23"),
+    kind=Kind.DETAIL,
+)
+def test_writeprotect_swap_mprotect(ctx: Context) -> None:
+    """What mprotect(2) does to pages that are swapped out leaves their protection as it was."""
+    area = filled(ctx)
+    ctx.uffd.writeprotect(area.page(0))
+    swap_out(area.range)
+    for prot in PROT_READ, PROT_READ | PROT_WRITE:
+        protect(area.range, prot)
+        Pagemap.expect_protected(area, {0}, "after mprotect of pages swapped out")
+    expect_free(ctx.uffd, area, 1)
+    expect_trapped(ctx.uffd, area, 0)
+
+
+@uffd_case(
     "writeprotect-migrated",
     mem=NOT_HUGETLB,
     features=WRITEPROTECT,
@@ -919,7 +1017,7 @@ def test_writeprotect_fork(ctx: Context) -> None:
     "writeprotect-fork-missing",
     mem=ALL,
     features=WRITEPROTECT | Feature.WP_UNPOPULATED,
-    pages=2,
+    pages=3,
     spare_hugepages=4,
     rows=("WP-18",),
     bugs=(20,),
@@ -927,8 +1025,9 @@ def test_writeprotect_fork(ctx: Context) -> None:
 def test_writeprotect_fork_missing(ctx: Context) -> None:
     """Without UFFD_FEATURE_EVENT_FORK a child writes freely to pages that its parent protected while missing."""
     area = ctx.dst
+    area.fill(2, 1)  # where no page is private, fork does not copy page tables
     ctx.uffd.register(area.range, WP)
-    ctx.uffd.writeprotect(area.range)
+    ctx.uffd.writeprotect(area.page(0, 2))
     expect_free_in_child(ctx, area, 0)
     Pagemap.expect_protected(area, {0, 1}, "in the parent")
     expect_trapped(ctx.uffd, area, 0, 1)
@@ -968,6 +1067,26 @@ def test_writeprotect_fork_event(ctx: Context) -> None:
     expect_trapped(ctx.uffd, area, 0)
     mend(ctx, area, 0)
     area.expect_pattern_of(area)
+
+
+@uffd_case(
+    "writeprotect-fork-event-missing",
+    mem=ALL,
+    features=WRITEPROTECT | Feature.WP_UNPOPULATED | Feature.EVENT_FORK,
+    pages=3,
+    spare_hugepages=4,
+    rows=("WP-19",),
+)
+def test_writeprotect_fork_event_missing(ctx: Context) -> None:
+    """With UFFD_FEATURE_EVENT_FORK pages that the parent protected while missing are protected in the child, too."""
+    area = ctx.dst
+    area.fill(2, 1)  # where no page is private, fork does not copy page tables
+    ctx.uffd.register(area.range, WP)
+    ctx.uffd.writeprotect(area.page(0, 2))
+    look = partial(Pagemap.expect_protected, area, {0, 1})
+    with ctx.handler(src=None), Child(lambda _: look("in the child")):
+        pass
+    look("in the parent")
 
 
 @uffd_case(
@@ -1137,6 +1256,32 @@ def test_writeprotect_thp_fork(ctx: Context) -> None:
 
 
 @uffd_case(
+    "writeprotect-thp-fork-copy",
+    mem=(ANON,),
+    features=WRITEPROTECT,
+    needs=("thp",),
+    pages=1,
+    rows=("WP-33",),
+    kind=Kind.DETAIL,
+)
+def test_writeprotect_thp_fork_copy(ctx: Context) -> None:
+    """A huge page shared with a child, protected and un-protected whole, is not the writer's own: the child's stays."""
+    area = huge_area(ctx)
+    ctx.uffd.register(area.range, WP)
+
+    def child(channel: Channel) -> None:
+        channel.receive()
+        area.expect_pattern_of(area)
+
+    with Child(child) as process:
+        ctx.uffd.writeprotect(area.range)
+        ctx.uffd.unprotect(area.range)
+        undisturbed(ctx.uffd, partial(poke, area.page(7).start, NEW))
+        process.send()
+    expect(peek(area.page(7).start, len(NEW)), NEW, "what was written")
+
+
+@uffd_case(
     "writeprotect-thp-fork-event",
     mem=(ANON,),
     features=WRITEPROTECT | Feature.EVENT_FORK,
@@ -1297,6 +1442,31 @@ def test_writeprotect_proc_mem(ctx: Context) -> None:
             undisturbed(uffd, lambda: os.pwrite(mem, NEW, area.start))
         with promise("WP-30", "read"):
             expect(undisturbed(uffd, lambda: os.pread(mem, 8, area.start)), peek(area.start, 8), "what was read")
+        Pagemap.expect_protected(area, {0}, "afterwards")
+        area.expect_pattern_of(area)
+    os.close(mem)
+
+
+@uffd_case(
+    "writeprotect-proc-mem-read-only",
+    mem=(ANON, SHMEM_PRIVATE),
+    features=WRITEPROTECT,
+    needs=("kernel_faults",),
+    pages=2,
+    rows=("WP-30",),
+    kind=Kind.DETAIL,
+)
+def test_writeprotect_proc_mem_read_only(ctx: Context) -> None:
+    """/proc/PID/mem, which may write to a read-only mapping, cannot write to a protected page of it: EIO."""
+    area = ctx.dst
+    area.fill()
+    mem = os.open("/proc/self/mem", os.O_RDWR | os.O_CLOEXEC)
+    with Uffd.open(WRITEPROTECT, os.O_CLOEXEC | os.O_NONBLOCK) as uffd:
+        uffd.register(area.range, WP)
+        uffd.writeprotect(area.page(0))
+        protect(area.range, PROT_READ)
+        with promise("WP-30", "read-only mapping"), fails(EIO):
+            undisturbed(uffd, lambda: os.pwrite(mem, NEW, area.start))
         Pagemap.expect_protected(area, {0}, "afterwards")
         area.expect_pattern_of(area)
     os.close(mem)

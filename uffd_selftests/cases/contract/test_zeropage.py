@@ -258,19 +258,20 @@ def test_zeropage_beyond_mapping(ctx: Context) -> None:
     ctx.dst.expect_zero()
 
 
-@uffd_case("zeropage-eexist", mem=NOT_HUGETLB, pages=2, rows=("ZP-03",))
+@uffd_case("zeropage-eexist", mem=NOT_HUGETLB, pages=3, rows=("ZP-03",))
 def test_zeropage_eexist(ctx: Context) -> None:
-    """UFFDIO_ZEROPAGE leaves a page alone that is there, copied or written before, and whoever still sleeps on it."""
+    """UFFDIO_ZEROPAGE leaves a page alone that is there, copied, written or read before, and who still sleeps on it."""
     ctx.src.fill()
     ctx.dst.fill(1, 1)
+    peek(ctx.dst.page(2).start)
     ctx.uffd.register(ctx.dst.range, MISSING)
     with faulting(ctx.uffd, ctx.dst.start):
         ctx.uffd.copy(ctx.dst.start, ctx.src.start, PAGE_SIZE, uapi.CopyMode.DONTWAKE)
-        for page in 0, 1:
-            with promise("ZP-03", f"page {page}"), refuses(EEXIST):
+        for page, how in enumerate(("copied", "written", "read")):
+            with promise("ZP-03", f"{how} before"), refuses(EEXIST):
                 ctx.uffd.zeropage(ctx.dst.page(page))
         ctx.uffd.expect_still_asleep(1)
-        ctx.dst.expect_pattern_of(ctx.src)
+        ctx.dst.expect_pattern_of(ctx.src, 0, 2)
         ctx.uffd.wake(ctx.dst.page(0))
 
 
