@@ -340,3 +340,9 @@ def smaps_bytes(where: Range, *fields: str) -> int:
 def pmd_mapped(where: Range) -> int:
     """Return how many bytes of the range's mappings the page tables map by PMD, of any kind of memory."""
     return smaps_bytes(where, "AnonHugePages", "ShmemPmdMapped", "FilePmdMapped")
+
+
+def resident(field: str) -> int:
+    """Return a field of /proc/self/status, such as RssAnon, in base pages."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return next(int(words[1]) * 1024 // PAGE_SIZE for words in lines if words and words[0] == f"{field}:")

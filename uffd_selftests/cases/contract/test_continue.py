@@ -43,6 +43,7 @@ from uffd_selftests.memory import (
     poke,
     protect,
     read_only,
+    resident,
     smaps_bytes,
     touch_trapped,
     unmap,
@@ -319,6 +320,23 @@ def test_continue_read_only(ctx: Context) -> None:
             traps = touch_trapped(ctx.dst.page(0), ctx.page_size, write=True)
             expect([trap and trap.signo for trap in traps], [SIGSEGV], "signals on write")
         ctx.dst.pattern.verify(where.start, 0, 2, what="the file")
+
+
+@uffd_case(
+    "continue-counted", mem=(SHMEM, SHMEM_PRIVATE), features=MINOR_FAULTS, pages=2048, rows=("CT-01",), kind=Kind.DETAIL
+)
+def test_continue_counted(ctx: Context) -> None:
+    """Pages that UFFDIO_CONTINUE maps count as memory of the process, of the file's kind, until they are unmapped."""
+    blur = 2 * max(32, 2 * (os.cpu_count() or 1))  # pages that the kernel may count on a CPU before it tells
+    with cached(ctx) as where:
+        advise(where, Advice.DONTNEED)
+        before = resident("RssShmem")
+        ctx.uffd.continue_(ctx.dst.range)
+        grown = resident("RssShmem") - before
+        expect(grown > ctx.nr_pages - blur, True, f"RssShmem grown by {grown} pages, {ctx.nr_pages} mapped, as")
+        advise(ctx.dst.range, Advice.DONTNEED)
+        left = resident("RssShmem") - before
+        expect(abs(left) < blur, True, f"RssShmem {left} pages from where it was, all of them unmapped, as")
 
 
 @uffd_case("continue-wp", mem=FILE_BACKED, features=MINOR_WP, pages=2, rows=("CT-10",))

@@ -60,6 +60,7 @@ from uffd_selftests.memory import (
     pmd_mapped,
     poke,
     protect,
+    resident,
     smaps_bytes,
     touch,
     touch_trapped,
@@ -154,12 +155,6 @@ def test_copy_page_kind(ctx: Context) -> None:
     ctx.uffd.copy(ctx.dst.start, ctx.src.start, ctx.page_size)
     bits = Pagemap.entry(ctx.dst.start) & (PM_PRESENT | PM_FILE | PM_MMAP_EXCLUSIVE)
     expect(hex(bits), hex(PM_PRESENT | PM_MMAP_EXCLUSIVE | (PM_FILE if ctx.mem.shared else 0)), "pagemap bits")
-
-
-def resident(field: str) -> int:
-    """Return a field of /proc/self/status in pages."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return next(int(words[1]) * 1024 // PAGE_SIZE for words in lines if words and words[0] == f"{field}:")
 
 
 @uffd_case("copy-counted", mem=NOT_HUGETLB, pages=2048, rows=("CP-01",), kind=Kind.DETAIL)

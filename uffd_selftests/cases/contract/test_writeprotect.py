@@ -961,6 +961,29 @@ def test_writeprotect_migrated(ctx: Context) -> None:
     expect_trapped(ctx.uffd, area, 0)
 
 
+@uffd_case(
+    "writeprotect-thp-migrated",
+    mem=(ANON,),
+    features=WRITEPROTECT,
+    needs=("cap_sys_admin", "thp"),
+    pages=1,
+    rows=("WP-24",),
+    bugs=(32,),
+    kind=Kind.DETAIL,
+)
+def test_writeprotect_thp_migrated(ctx: Context) -> None:
+    """A huge page of which the kernel moves one page to other memory, and splits it for that, stays protected."""
+    area = huge_area(ctx)
+    ctx.uffd.register(area.range, WP)
+    ctx.uffd.writeprotect(area.range)
+    with declared_sound(area.page(7)) as frame:
+        advise(area.page(7), Advice.SOFT_OFFLINE)
+    expect(Pagemap.entry(area.page(7).start) & PM_PFN_MASK == frame, False, "whether the page is where it was")
+    Pagemap.expect_protected(area, range(area.nr_pages), "after MADV_SOFT_OFFLINE of page 7")
+    area.expect_pattern_of(area)
+    expect_trapped(ctx.uffd, area, 7, 8)
+
+
 @uffd_case("writeprotect-swap-shared", mem=(SHMEM,), features=WRITEPROTECT, needs=("swap",), pages=3, rows=("WP-23",))
 def test_writeprotect_swap_shared(ctx: Context) -> None:
     """Pages of shared memory stay protected when they are swapped out, which takes them out of the mapping."""
