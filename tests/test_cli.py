@@ -20,6 +20,7 @@ from uffd_selftests import cli as command
 from uffd_selftests import kernel
 from uffd_selftests.harness import settings
 from uffd_selftests.uapi import Feature
+from uffd_selftests.vm.options import native
 
 if TYPE_CHECKING:
     from tests.conftest import Run, Starter, SuiteWriter
@@ -68,7 +69,10 @@ ONE_OF_EACH = """
         (["-k", "and"], "-k 'and': "),
         (["-k", "a b"], "-k 'a b': "),
         (["-o", "/proc/folder"], "cannot write into /proc/folder: ENOENT"),
-        (["-o", __file__], f"cannot write into {__file__}: EEXIST"),
+        (["-o", __file__], f"cannot write into {__file__}: it is a file: name a folder"),
+        (["--vm-cpus", "2"], "--vm-cpus needs --kernel: "),
+        (["--vm-append", "quiet"], "--vm-append needs --kernel: "),
+        (["--arch", {"x86_64": "arm64"}.get(native(), "x86_64")], "--arch needs --kernel: "),
         (["-k"], "argument -k: expected one argument"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

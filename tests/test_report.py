@@ -372,7 +372,7 @@ def test_bad_documents(folder: Folder, capsys: pytest.CaptureFixture[str], conte
 def test_files_that_cannot_be_used(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     """A missing document and an output that cannot be written are one line each."""
     assert main([str(folder.path / "none.json")]) == 2
-    assert "none.json: No such file or directory" in capsys.readouterr().err
+    assert "none.json: no such file: name the folder that a run wrote with -o" in capsys.readouterr().err
     good = folder.document("6.18", result("a"))
     assert main([str(good), "-o", str(folder.path / "none" / "report.html")]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -176,7 +176,7 @@ def test_names() -> None:
     [
         (["--vm-memory", "much"], "argument --vm-memory: 'much' is no size like 3G or 2048M"),
         (["--vm-cpus", "0"], "argument --vm-cpus: '0' is not a positive whole number"),
-        (["--vm-append", "a 'b"], "argument --vm-append: \"a 'b\": No closing quotation"),
+        (["--vm-append", "a 'b"], 'argument --vm-append: "a \'b": No closing quotation'),
         (["--deadline", "soon"], "--deadline: 'soon' is not a positive number"),
         (["-f", "nonesuch"], "nothing matches the given -f nonesuch"),
     ],
@@ -234,7 +234,9 @@ def test_command(tools: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert "--disable-kvm" in call
     assert call[-4:-2] == ["--qemu-opts=-cpu", "--qemu-opts=max,-la57"]
     assert call[-1] == f"sh {vng.RESULTS}/guest.sh"
-    assert (results / "guest.sh").read_text().endswith("-m uffd_selftests.vm.guest -k 'move and anon'\n")
+    assert (results / "guest.sh").read_text().endswith("-S -m uffd_selftests.vm.guest -k 'move and anon'\n")
+    assert call[call.index("--rodir") + 1].endswith(f"/udev/rules.d={vng.UDEV}")
+    assert list(vng.UDEV.glob("*.rules"))
     assert not {"--disable-kvm", "tsc=unstable"} & set(vng.command(kernel, shape, vng.KVM, tmp_path, []))
 
 
@@ -281,7 +283,7 @@ def test_foreign_usage_error(
     (tools / "mmdebstrap").chmod(0o755)
     monkeypatch.setattr(vng, "native", lambda: "riscv")
     monkeypatch.setattr(session, "native", lambda: "riscv")
-    monkeypatch.setattr(session, "_plan", lambda *_: PLAN)
+    monkeypatch.setattr(session, "_plan", lambda *_: session.Plan(PLAN, []))
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     magic = bytes(0x38) + b"ARM\x64" if "arm64" in arguments else bytes(0x202) + b"HdrS" + bytes(0x1000)
@@ -332,6 +334,19 @@ def test_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert session.suite_arguments(args, [], 8) == ["--may-hang-kernel", "--deadline-scale=3", "--require=wp"]
 
 
+def test_plan(cli: Starter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest collects only the files that have something to run."""
+    args = command.parser().parse_args(["-k", "unit and zeropage"])
+    names, files = session._plan(args, [])
+    assert names == [f"zeropage on {mem}" for mem in ("anon", "shmem", "shmem-private", "hugetlb", "hugetlb-private")]
+    assert files == [command.CASES / "unit/test_zeropage.py"]
+    assert [session._is_ours(path) for path in (str(files[0]), "-x", f"{files[0]}::test_zeropage", "/proc")] == [
+        *(True, False, False, False),
+    ]
+    listing = cli.run("-l", *(f"--case-file={path}" for path in files), "-k", "unit")
+    assert listing.stdout.splitlines() == names
+
+
 # ---- the streams of a guest ----------------------------------------------------------------------------------------
 
 
@@ -358,7 +373,7 @@ def test_running_case() -> None:
 def test_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The suite notes in the kernel's log what the watch reads on the console."""
     monkeypatch.setattr(reporter, "KMSG", str(tmp_path / "kmsg"))
-    settings: Any = SimpleNamespace(folder=None, ktap_fd=None, progress=False, kmsg=True)
+    settings: Any = SimpleNamespace(folder=None, data_only=False, ktap_fd=None, progress=False, kmsg=True)
     signals: Any = None
     writer = reporter.Reporter(settings, signals)
     writer.begin([Planned("test_move.py::test_move[anon]", "move on anon", "move")], [])
@@ -534,7 +549,7 @@ class Lab:
             image.with_suffix(".sh").write_text(script)
             arguments += ["--kernel", str(image)]
         self.monkeypatch.setattr(vng, "missing", lambda _arch: None)
-        self.monkeypatch.setattr(session, "_plan", lambda *_: PLAN)
+        self.monkeypatch.setattr(session, "_plan", lambda *_: session.Plan(PLAN, []))
         self.monkeypatch.setattr(vng, "command", lambda kernel, *_: ["/bin/sh", f"{kernel.path.with_suffix('.sh')}"])
         code = command.main(arguments)
         return code, self.capfd.readouterr().out.splitlines()
@@ -621,7 +636,9 @@ def test_old_results_are_gone(lab: Lab) -> None:
     """A kernel's folder has nothing of an earlier run."""
     lab.run(DIES)
     lab.run("exit 1")
-    assert sorted(path.name for path in (lab.folder / "6.99.1").iterdir()) == ["console.txt", "results.json"]
+    assert sorted(path.name for path in (lab.folder / "6.99.1").iterdir()) == [
+        *("console.txt", "junit.xml", "report.html", "results.json"),
+    ]
     document = json.loads((lab.folder / "6.99.1/results.json").read_text())
     assert (document["results"], document["interrupted"]) == ([], "the kernel never said anything")
 

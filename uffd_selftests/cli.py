@@ -21,7 +21,7 @@ from uffd_selftests import __version__
 from uffd_selftests.harness.reporter import FILES, KMSG
 from uffd_selftests.harness.settings import MAY_HANG_KERNEL, OPTIONS, STRESS_LOG, check_keyword
 from uffd_selftests.program import EXIT_FAILED, EXIT_NOTHING, EXIT_OK, EXIT_USAGE, PROGRAM, Parser
-from uffd_selftests.vm.options import add_options
+from uffd_selftests.vm.options import add_options, machine_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -66,6 +66,10 @@ def parser() -> Parser:
     add("--no-isolation", action="store_true", help="run cases in one process, for a debugger")
     add("--kmsg", action="store_true", help="note in the kernel log which case begins (boot with printk.devkmsg=on)")
     add_options(result)
+    # For --kernel, which does here what it can spare the guest:
+    add("--with-ids", action="store_true", help=argparse.SUPPRESS)  # -l tells pytest's name of each result, too
+    add("--case-file", action="append", default=[], help=argparse.SUPPRESS)  # collect these files only
+    add("--data-only", action="store_true", help=argparse.SUPPRESS)  # no report that can be made of results.json
     add("--version", action="version", version=f"{PROGRAM} {__version__}")
     return result
 
@@ -104,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.kmsg and not os.access(KMSG, os.W_OK):
             raise ValueError(f"--kmsg: cannot write to {KMSG}: run as root")
         _check_probe(args, passed)
+        if not args.kernel and (flags := machine_options(args)):
+            raise ValueError(f"{flags[0]} needs --kernel: it shapes the machine that the kernel is booted in")
         if args.output and not args.list:
             _make_ready(args.output)
     except ValueError as error:
@@ -149,6 +155,8 @@ def _make_ready(folder: Path) -> None:
         for name in (*FILES, STRESS_LOG):
             (folder / name).write_text("")
             (folder / name).unlink()
+    except FileExistsError:
+        raise ValueError(f"cannot write into {folder}: it is a file: name a folder") from None
     except OSError as error:
         raise ValueError(f"cannot write into {folder}: {errno.errorcode.get(error.errno or 0, error)}") from None
 
@@ -204,17 +212,21 @@ def _pytest_arguments(args: argparse.Namespace, passed: list[str], ktap_fd: int)
         yield "--kmsg"
     if args.list:
         yield "--collect-only"
+        if args.with_ids:
+            yield "--list-ids"
     elif args.workers != "0":
         yield from ("-p", "xdist.plugin", "-n", args.workers, "--dist", "worksteal")
     if args.output and not args.list:
         folder = args.output.resolve()
         yield f"--report-dir={folder}"
+        if args.data_only:
+            yield "--report-data-only"
     if not passed:
         yield "--progress"
         for name in ("cacheprovider", "logging", "threadexception", "unraisableexception"):  # each costs every case
             yield from ("-p", f"no:{name}")
     if not paths:
-        yield str(CASES)
+        yield from args.case_file or [str(CASES)]
 
 
 def _path(argument: str) -> Path | None:

@@ -7,6 +7,7 @@ xdist's controller collects nothing and runs nothing, its workers report to it; 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -93,6 +94,16 @@ def _register(config: pytest.Config, part: Reporter | Steward | Runner) -> None:
 # ---- collection ----------------------------------------------------------------------------------------------------
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Look for no garbage meanwhile: there is none among so many objects that are new and stay."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Multiply a case by its variants and its memory types."""
     case = getattr(metafunc.function, ATTRIBUTE, None)
@@ -165,7 +176,10 @@ def pytest_runtestloop(session: pytest.Session) -> None:
             config.stash[STEWARD].begin(plan)
     elif (fd := config.stash[SETTINGS].ktap_fd) is not None:
         with contextlib.suppress(BrokenPipeError), open(fd, "w", closefd=False) as listing:
-            listing.writelines(f"{planned.name}\n" for planned in plan)
+            ids = config.stash[SETTINGS].list_ids
+            listing.writelines(
+                f"{planned.name}\t{planned.nodeid}\n" if ids else f"{planned.name}\n" for planned in plan
+            )
 
 
 def _plan(session: pytest.Session) -> list[Planned]:

@@ -60,6 +60,7 @@ class Reporter:
         self._open: dict[str, Planned] = {}
         self._reports: dict[str, list[pytest.TestReport]] = {}
         self._folder = settings.folder
+        self._data_only = settings.data_only
         self._progress = sys.stderr if settings.progress and sys.stderr.isatty() else None
         self._signals = signals
         self._kmsg = open(KMSG, "w") if settings.kmsg else None  # noqa: SIM115  # open as long as this is
@@ -162,7 +163,7 @@ class Reporter:
 
     def write_junit(self) -> None:
         """Write junit.xml from results.json; raises OSError, leaving no half file."""
-        if self._folder:
+        if self._folder and not self._data_only:
             from uffd_selftests.formats import junit  # noqa: PLC0415  # few runs want it
             from uffd_selftests.report import model  # noqa: PLC0415
 
@@ -172,7 +173,7 @@ class Reporter:
     def write_page(self) -> None:
         """Write report.html from results.json; one that cannot be made is no failure of the run."""
         source = self._folder and self._folder / "results.json"
-        if not source or not source.exists():
+        if self._data_only or not source or not source.exists():
             return
         from uffd_selftests.report import command, model  # noqa: PLC0415  # few runs want it
 

@@ -142,7 +142,11 @@ class Settings:
     """Note in the kernel log which case begins."""
     may_hang_kernel: bool
     """Run what leaves a process that nothing can end where the kernel is broken."""
+    list_ids: bool
+    """List results with pytest's names of them."""
     folder: Path | None
+    data_only: bool
+    """Write no reports that can be made of results.json."""
 
     @classmethod
     def of(cls, config: pytest.Config) -> Settings:
@@ -172,7 +176,9 @@ class Settings:
             option.progress,
             option.kmsg,
             may_hang_kernel,
+            option.list_ids,
             Path(option.report_dir) if option.report_dir else None,
+            option.report_data_only,
         )
 
     def deadline_of(self, case: Case | None) -> float:
@@ -239,4 +245,6 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption("--kmsg", action="store_true", help="note in the kernel log which case begins")
     text = f"{MAY_HANG_KERNEL.help} [{MAY_HANG_KERNEL.variable}]"
     group.addoption(MAY_HANG_KERNEL.flag, action="store_const", const="1", help=text)
+    group.addoption("--list-ids", action="store_true", help="with --collect-only: list results with pytest's names")
+    group.addoption("--report-data-only", action="store_true", help="write no junit.xml and no report.html")
     group.addoption("--report-dir", metavar="DIR", help="write results.tap, results.json... into this folder")

@@ -120,6 +120,8 @@ def load(path: Path, label: str = "") -> Run:
         path = path / "results.json"
     try:
         plain = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file: name the folder that a run wrote with -o") from None
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError):

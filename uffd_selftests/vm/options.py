@@ -31,6 +31,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--vm-accel", choices=("auto", "kvm", "tcg"), default="auto", help="KVM, emulation, or what works (auto)")
 
 
+def machine_options(args: argparse.Namespace) -> list[str]:
+    """Return those of the options, as given, that mean nothing without --kernel."""
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    plain = vars(parser.parse_args([]))
+    return [f"--{name.replace('_', '-')}" for name, default in plain.items() if getattr(args, name) != default]
+
+
 def _words(text: str) -> list[str]:
     try:
         return shlex.split(text)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A run in other kernels: one KTAP document with a subtest for each kernel, one folder for each below ``-o DIR``.
 
-A kernel's folder has the files of a run of the suite (harness/reporter.py), guest.sh, which began it, and console.txt:
-what the kernel and virtme-ng said. Of a kernel that died, results.json has what came out of it; like the KTAP it blames
-the case that was running and skips the rest.
+A kernel's folder has the files of a run of the suite (harness/reporter.py; junit.xml and report.html are made here),
+guest.sh, which began it, and console.txt: what the kernel and virtme-ng said. Of a kernel that died, results.json has
+what came out of it; like the KTAP it blames the case that was running and skips the rest.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import tempfile
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import uffd_selftests
 from uffd_selftests.formats import junit
@@ -46,6 +46,15 @@ VERSION = "KTAP version 1"
 INDENT = "  "
 TCG_SCALE = 8.0
 """How much longer everything may take under emulation."""
+
+
+class Plan(NamedTuple):
+    """What a guest is to run."""
+
+    names: list[str]
+    """Of all results to come."""
+    files: list[Path]
+    """Those with their cases."""
 
 
 def main(args: argparse.Namespace, passed: Sequence[str]) -> int:
@@ -129,15 +138,24 @@ def _absolute(argument: str) -> str:
     return os.path.abspath(path) + colons + test
 
 
-def _plan(args: argparse.Namespace, passed: Sequence[str]) -> list[str]:
-    """Return the names of all results to come; raises CalledProcessError when the options are wrong.
+def _is_ours(argument: str) -> bool:
+    """Whether an argument for pytest is but a place where the suite's cases are."""
+    path = Path(argument)
+    return not argument.startswith("-") and path.exists() and vng.PROJECT in path.resolve().parents
 
-    On the way pytest compiles the cases, which a guest could not keep.
+
+def _plan(args: argparse.Namespace, passed: Sequence[str]) -> Plan:
+    """Ask the suite what it would run.
+
+    On the way pytest compiles the cases, which a guest could not keep.  Raises CalledProcessError when the options are
+    wrong.
     """
     isolated = ["-I"] if sys.flags.isolated else []
-    call = [sys.executable, *isolated, "-m", "uffd_selftests", "-l", *suite_arguments(args, passed)]
+    call = [sys.executable, *isolated, "-m", "uffd_selftests", "-l", "--with-ids", *suite_arguments(args, passed)]
     listing = subprocess.run(call, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=True)
-    return listing.stdout.splitlines()
+    results = [line.partition("\t") for line in listing.stdout.splitlines()]
+    files = dict.fromkeys(vng.PROJECT / nodeid.partition("::")[0] for _, _, nodeid in results)
+    return Plan([name for name, _, _ in results], list(files))
 
 
 class Document:
@@ -183,7 +201,7 @@ class Session:
     """Boots kernels, several at once if asked to, and reports them in their order."""
 
     def __init__(
-        self, args: argparse.Namespace, passed: Sequence[str], folder: Path, plan: list[str],
+        self, args: argparse.Namespace, passed: Sequence[str], folder: Path, plan: Plan,
         programs: userland.Userland | None = None,
     ) -> None:  # fmt: skip
         self._args = args
@@ -250,7 +268,12 @@ class Session:
     def _boot(self, job: Job, accelerator: str, alive: Callable[[], None]) -> Ending:
         say(f"{job.kernel.name}: booting, {'with KVM' if accelerator == vng.KVM else 'emulated'}")
         scale = self._scale(accelerator)
-        arguments = ["--kmsg", "-o", vng.RESULTS, *suite_arguments(self._args, self._passed, scale)]
+        arguments = ["--kmsg", "-o", vng.RESULTS, "--data-only"]
+        passed = self._passed
+        if all(_is_ours(argument) for argument in passed):  # the guest need not look elsewhere, nor talk to anybody
+            passed = []
+            arguments += [f"--case-file={path}" for path in self._plan.files]
+        arguments += suite_arguments(self._args, passed, scale)
         command = vng.command(job.kernel, self._shape, accelerator, job.guest.folder, arguments)
         return job.guest.run(command, accelerator, self._patience(scale), job.lines.put, alive)
 
@@ -280,7 +303,7 @@ class Session:
         whole = judge(name, ending)
         results = reported(ending)
         if ending.watch.planned and not ending.watch.totals:
-            rest = unfinished(self._plan, ending, whole)
+            rest = unfinished(self._plan.names, ending, whole)
             results += rest
             lines = list(_rest_of_document(rest, ending))
             document.write(*(INDENT + line for line in lines))
@@ -296,11 +319,13 @@ class Session:
         return whole.outcome
 
     def _write_overviews(self, kernels: Sequence[Kernel]) -> None:
-        """Write junit.xml and report.html of all kernels; that one cannot be made is no failure of the run."""
+        """Write junit.xml and report.html, of each kernel and of all; if one cannot be made the run does not fail."""
         try:
-            runs = [load(self._folder / kernel.name, kernel.name) for kernel in kernels]
-            _write(self._folder / "junit.xml", junit.document(runs).decode())
-            write(runs, self._folder / "report.html")
+            runs = {self._folder / kernel.name: load(self._folder / kernel.name, kernel.name) for kernel in kernels}
+            shown = {self._folder: list(runs.values()), **{folder: [run] for folder, run in runs.items()}}
+            for folder, some in shown.items():
+                _write(folder / "junit.xml", junit.document(some).decode())
+                write(some, folder / "report.html")
         except ValueError as error:
             say(f"no report.html: {error}")
 
@@ -308,7 +333,7 @@ class Session:
         """Write what the suite in a guest could not write any more."""
         summary = {
             "format": FORMAT,
-            "planned": len(results) or len(self._plan),
+            "planned": len(results) or len(self._plan.names),
             "results": [result.to_dict() for result in results],
             "totals": Counter(result.outcome for result in results),
             "interrupted": why,

@@ -45,8 +45,9 @@ FAST_FILES = """
 if mkdir /run/{host} && mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=512000,cache=loose {host} /run/{host}
 then for folder in {folders}; do mount --bind "/run/{host}$folder" "$folder"; done
 fi 2>/dev/null
-exec env PYTHONPATH={project} {python} -m uffd_selftests.vm.guest {arguments}
+exec env PYTHONPATH={path} {python} -S -m uffd_selftests.vm.guest {arguments}
 """
+"""Without -S, Python would look for packages again, in files; it is told what it finds here."""
 FOREIGN_FILES = """
 set -e
 mkdir /run/{host}
@@ -58,6 +59,9 @@ for folder in {modules}; do mount --bind "/run/{host}$folder" /lib/modules; done
 exec env PYTHONPATH={project} {python} -m uffd_selftests.vm.guest {arguments}
 """
 """The same for a guest with programs of its own: it gets the suite, with its native part, and the kernel's modules."""
+
+UDEV = Path(__file__).with_name("udev")
+"""The rules of udev in a guest. With the host's, which are for all devices there are, udev takes half of the boot."""
 
 RESULTS = "/tmp/uffd-results"  # a folder of the guest
 """Where the guest finds its results folder."""
@@ -74,6 +78,7 @@ NEEDLESS_MODULES = (
 
 COMMAND_LINE = (
     "printk.devkmsg=on",  # else the kernel drops most of what the suite notes in its log
+    "udev.children_max=1",  # on one processor, more are only more forks
     f"modprobe.blacklist={','.join(NEEDLESS_MODULES)}",
 )
 EMULATED = ("tsc=unstable", "clocksource=hpet")
@@ -135,7 +140,7 @@ def command(kernel: Kernel, shape: Shape, accelerator: str, results: Path, argum
         root, busybox = str(shape.userland.root), str(shape.userland.busybox)
         call += ["--cwd", root, "--arch", shape.arch, "--root", root, "--busybox", busybox, "--no-virtme-ng-init"]
     else:
-        call += ["--cwd", "/"]
+        call += ["--cwd", "/", "--rodir", shlex.quote(f"{os.path.realpath('/lib/udev/rules.d')}={UDEV}")]
     qemu += ["-fsdev", f"local,id={HOST},path=/,security_model=none,readonly=on,multidevs=remap"]
     qemu += ["-device", f"virtio-9p-pci,fsdev={HOST},mount_tag={HOST}", *shape.qemu]
     call += [f"--qemu-opts={shlex.quote(each)}" for each in qemu]
@@ -147,10 +152,11 @@ def command(kernel: Kernel, shape: Shape, accelerator: str, results: Path, argum
 def _script(arguments: Sequence[str]) -> str:
     """Return what the guest's shell does."""
     folders = dict.fromkeys([sysconfig.get_path("stdlib"), sys.prefix, str(PROJECT)])
+    path = dict.fromkeys([str(PROJECT), *(each for each in sys.path if os.path.isabs(each) and os.path.isdir(each))])
     return FAST_FILES.format(
         host=HOST,
         folders=shlex.join(folders),
-        project=shlex.quote(str(PROJECT)),
+        path=shlex.quote(os.pathsep.join(path)),
         python=shlex.quote(sys.executable),
         arguments=shlex.join(arguments),
     )

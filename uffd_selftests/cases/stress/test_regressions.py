@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EBUSY, EFAULT, EINVAL, EOPNOTSUPP
@@ -96,6 +97,12 @@ def test_protect_after_fork(ctx: Context) -> None:
 # ---- registration --------------------------------------------------------------------------------------------------
 
 
+SHADOW_STACK = {
+    "x86_64": "CONFIG_X86_USER_SHADOW_STACK (Linux 6.6)",
+    "aarch64": "Guarded Control Stack (Linux 6.13)",
+}.get(platform.machine(), f"none on {platform.machine()}")
+
+
 @uffd_case("register-shadow-stack", rows=("REG-11",), bugs=(4,))
 def test_register_shadow_stack() -> None:
     """A shadow stack cannot be registered, in no mode.
@@ -106,8 +113,8 @@ def test_register_shadow_stack() -> None:
         start = syscalls.call("map_shadow_stack", 0, PAGE_SIZE, 0)
     except KernelError as error:
         if error.errno == EOPNOTSUPP:
-            raise Skip("no shadow stack: CONFIG_X86_USER_SHADOW_STACK on a processor that has it (Linux 6.6)") from None
-        raise Skip(f"map_shadow_stack(2): {errno_name(error.errno or 0)} (Linux 6.6)") from None
+            raise Skip(f"no shadow stack: {SHADOW_STACK} on a processor that has it") from None
+        raise Skip(f"map_shadow_stack(2): {errno_name(error.errno or 0)}: {SHADOW_STACK}") from None
     stack = Range(start, PAGE_SIZE)
     with Uffd.open(ASYNC) as uffd:
         for mode in MISSING, WP, MISSING | WP:
