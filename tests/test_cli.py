@@ -432,6 +432,25 @@ def test_worker_dies(cli: Starter, suite: SuiteWriter) -> None:
 
 
 @needs_userfaultfd
+@pytest.mark.parametrize("args", [["--tb=no"], []], ids=["hidden", "shown"])
+def test_what_a_failure_says(cli: Starter, suite: SuiteWriter, args: list[str]) -> None:
+    """A failure tells promise, error, place and output, whether or not pytest's own words are shown as well."""
+    path = suite.write("""
+        @uffd_case("fails")
+        def test_fails():
+            '''The kernel keeps its word. And more.'''
+            print("said")
+            raise AssertionError("expected EEXIST; the call succeeded")
+    """)
+    run = cli.run("--", path, *args)
+    promise, error, place, *output = run.results["fails"]["diagnostics"]
+    assert promise == "promise: The kernel keeps its word."
+    assert error == "AssertionError: expected EEXIST; the call succeeded"
+    assert place.startswith(f"at {os.path.basename(path)}:")
+    assert output == ["Captured stdout:", "  said"]
+
+
+@needs_userfaultfd
 def test_stop_at_first_failure(cli: Starter, suite: SuiteWriter) -> None:
     """With pytest's -x the rest is called off, not failed."""
     path = suite.write("""

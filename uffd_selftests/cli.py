@@ -222,7 +222,7 @@ def _pytest_arguments(args: argparse.Namespace, passed: list[str], ktap_fd: int)
         if args.data_only:
             yield "--report-data-only"
     if not passed:
-        yield "--progress"
+        yield from ("--progress", "--tb=no")
         for name in ("cacheprovider", "logging", "threadexception", "unraisableexception"):  # each costs every case
             yield from ("-p", f"no:{name}")
     if not paths:

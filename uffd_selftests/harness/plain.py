@@ -16,7 +16,7 @@ from uffd_selftests.harness.gating import area_pages
 from uffd_selftests.harness.results import declaration
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from uffd_selftests.common import Context
 
@@ -34,6 +34,15 @@ class Expected(NamedTuple):
 
     seconds: float
     text: str
+
+
+class Failed(NamedTuple):
+    """What a child sends when its case failed, before pytest describes that, which takes longer than most cases do."""
+
+    seconds: float
+    message: str
+    places: list[tuple[str, int]]
+    """Path and line of each call, outermost first."""
 
 
 def is_plain(item: pytest.Item) -> bool:
@@ -63,8 +72,11 @@ def make_context(item: pytest.Item, area_bytes: int) -> Context:
     )
 
 
-def perform(item: pytest.Function, area_bytes: int) -> Passed | Expected | dict[str, Any]:
-    """Call a plain case and return what became of it; of a failure or a skip pytest's report, plain data."""
+def perform(item: pytest.Function, area_bytes: int) -> Iterator[Passed | Expected | Failed | dict[str, Any]]:
+    """Call a plain case and yield what became of it; of a skip, and of a failure that is shown, also pytest's report.
+
+    That one is plain data.
+    """
     _, variant, mem = declaration(item)
     arguments: dict[str, object] = {"variant": variant, "mem": mem}
     function: Callable[..., None] = item.function
@@ -77,12 +89,25 @@ def perform(item: pytest.Function, area_bytes: int) -> Passed | Expected | dict[
 
     call = pytest.CallInfo.from_call(body, "call")
     if not call.excinfo:
-        return Passed(call.duration)
+        yield Passed(call.duration)
+        return
     if expected(item, call.excinfo.value):
-        return Expected(call.duration, call.excinfo.exconly())
+        yield Expected(call.duration, call.excinfo.exconly())
+        return
+    if not is_skip(call.excinfo.value):
+        places = [(str(entry.path), entry.lineno + 1) for entry in call.excinfo.traceback]
+        yield Failed(call.duration, call.excinfo.exconly(tryshort=True), places)
+        if item.config.option.tbstyle == "no":
+            return
     report = item.ihook.pytest_runtest_makereport(item=item, call=call)
-    data: dict[str, Any] = item.config.hook.pytest_report_to_serializable(config=item.config, report=report)
-    return data
+    yield item.config.hook.pytest_report_to_serializable(config=item.config, report=report)
+
+
+def is_skip(error: BaseException) -> bool:
+    """Whether an exception says that the case cannot run here."""
+    from uffd_selftests.common import Skip  # noqa: PLC0415  # loaded by the case already
+
+    return isinstance(error, (Skip, pytest.skip.Exception))
 
 
 def expected(item: pytest.Item, error: BaseException | None = None) -> str:

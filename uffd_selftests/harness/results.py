@@ -182,18 +182,21 @@ def _message(report: pytest.TestReport) -> Iterator[str]:
     crash = getattr(report.longrepr, "reprcrash", None)
     if crash is not None:
         yield f"{crash.message} (in the teardown)" if report.when == "teardown" else crash.message
-        yield f"at {_place(report, crash)}"
+        entries = getattr(getattr(report.longrepr, "reprtraceback", None), "reprentries", ())
+        places = [entry.reprfileloc for entry in entries if getattr(entry, "reprfileloc", None)]
+        yield f"at {place(report.location[0], [(each.path, each.lineno) for each in (*places, crash)])}"
     elif "outcome" not in verdict(report) and report.longrepr:
         yield str(report.longrepr)
 
 
-def _place(report: pytest.TestReport, crash: Any) -> str:
-    """Return the line of the case and, if that called something which failed, that line, too."""
-    case = report.location[0]
-    entries = getattr(getattr(report.longrepr, "reprtraceback", None), "reprentries", ())
-    places = [entry.reprfileloc for entry in entries if getattr(entry, "reprfileloc", None)]
-    lines = [f"{case}:{place.lineno}" for place in places if place.path.endswith(case)][-1:]
-    raised = f"{case if crash.path.endswith(case) else _short(crash.path)}:{crash.lineno}"
+def place(case: str, calls: Sequence[tuple[str, int]]) -> str:
+    """Return the line of the case and, if that called something which failed, that line, too.
+
+    case is the path of its file, from pytest's root on; calls are path and line of each call, outermost first.
+    """
+    lines = [f"{case}:{line}" for path, line in calls if path.endswith(case)][-1:]
+    path, line = calls[-1]
+    raised = f"{case if path.endswith(case) else _short(path)}:{line}"
     return ", in ".join(dict.fromkeys([*lines, raised]))
 
 

@@ -15,7 +15,7 @@ from uffd_selftests.harness import gating, plain, proc
 from uffd_selftests.harness.health import HugepageUse
 from uffd_selftests.harness.isolation import Ending, How, Isolator, Send
 from uffd_selftests.harness.launcher import Launcher
-from uffd_selftests.harness.results import declaration
+from uffd_selftests.harness.results import declaration, place
 from uffd_selftests.machine import lack_of_hugepages
 
 if TYPE_CHECKING:
@@ -190,11 +190,13 @@ class Runner:
     def _call(self, item: pytest.Item, send: Send) -> None:
         """Run a plain case in the child and send what became of it."""
         assert isinstance(item, pytest.Function)
+        if capture := item.config.pluginmanager.getplugin("capturemanager"):
+            capture.resume_global_capture()  # pytest does so in its own way to a test
         case = self._place(item)
-        outcome = plain.perform(item, self._settings.area_bytes_of(case))
-        send(outcome)
-        if isinstance(outcome, plain.Passed):
-            _send_leaks(send)
+        for outcome in plain.perform(item, self._settings.area_bytes_of(case)):
+            send(outcome)
+            if isinstance(outcome, plain.Passed):
+                _send_leaks(send)
 
     def _place(self, item: pytest.Item) -> Case | None:
         """Choose the CPU for a test; return the case that it declares."""
@@ -219,7 +221,7 @@ def _reports(item: pytest.Item, ending: Ending, *, is_plain: bool) -> list[pytes
     if ending.how is How.DONE and not ending.leftovers:
         return reports
     sections = _captured(item)
-    if ending.how is not How.DONE:
+    if ending.how is not How.DONE and not any(report.failed for report in reports):
         word = ending.how.name
         text = "\n".join([f"{word} {ending.reason}", *ending.evidence])
         verdict = {"outcome": word.lower(), "reason": ending.reason, "evidence": ending.evidence}
@@ -234,12 +236,15 @@ def _fill_in(item: pytest.Item, ending: Ending, reports: list[pytest.TestReport]
             reports.append(_passed(item, "call", record.seconds))
             if reason := plain.expected(item):
                 reports[-1].wasxfail = reason
+        elif isinstance(record, plain.Failed) and not reports:  # nobody asked for more, or it took too long
+            text = f"{record.message}\nat {place(item.location[0], record.places)}"
+            reports.append(_failure(item, [_passed(item, "setup")], text, duration=record.seconds))
         elif isinstance(record, plain.Expected):
             failure = _passed(item, "call", record.seconds)
             failure.outcome, failure.longrepr, failure.wasxfail = "skipped", record.text, plain.expected(item)
             reports.append(failure)
     reports.insert(0, _passed(item, "setup"))
-    if ending.how is How.DONE:
+    if ending.how is How.DONE or reports[-1].failed:
         reports.append(_passed(item, "teardown"))
         reports[1].sections += _captured(item)
     return reports
