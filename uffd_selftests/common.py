@@ -1068,13 +1068,13 @@ class Pagemap:
             )
 
     @staticmethod
-    def scan_ioctl(arg: uapi.pm_scan_arg) -> int:
+    def scan_ioctl(arg: uapi.pm_scan_arg, pid: int | str = "self") -> int:
         """PAGEMAP_SCAN with any argument; returns how many regions were written to its vector.
 
         EINVAL: unknown flag or category, unaligned start, no vector. EFAULT: memory that is not the caller's. EPERM:
         CHECK_WPASYNC, and part of the range does not track writes.
         """
-        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         try:
             where = f"[{arg.start:#x}, {arg.end:#x}), {PmScanFlag(arg.flags)}"
             return checked(lib.uffd_ioctl(fd, uapi.PAGEMAP_SCAN, addressof(arg)), f"PAGEMAP_SCAN({where})")
@@ -1093,11 +1093,13 @@ class Pagemap:
         flags: PmScanFlag = PmScanFlag(0),
         room: int = 64,
         max_pages: int = 0,
+        pid: int | str = "self",
     ) -> Scan:
         """PAGEMAP_SCAN: pages with all ``required`` and one of the ``anyof`` categories, ``inverted`` ones inverted.
 
         ``returned`` are the categories reported of them, by default the required ones; ``room`` is how many regions
-        there is space for (none: no vector). The kernel must change nothing but walk_end and the regions it returns.
+        there is space for (none: no vector); ``pid`` is whose memory it is. The kernel must change nothing but walk_end
+        and the regions it returns.
         """
         vector = (uapi.page_region * (room + 1))()
         arg = uapi.pm_scan_arg(
@@ -1114,7 +1116,7 @@ class Pagemap:
             return_mask=required if returned is None else returned,
         )
         before = bytes(arg)
-        count = cls.scan_ioctl(arg)
+        count = cls.scan_ioctl(arg, pid)
         walk_end, arg.walk_end = arg.walk_end, 0
         expect(bytes(arg), before, "the fields of struct pm_scan_arg but walk_end")
         unused = bytes(vector)[count * sizeof(uapi.page_region) :]

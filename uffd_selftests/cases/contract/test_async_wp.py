@@ -289,7 +289,7 @@ def test_async_scan(ctx: Context) -> None:
     for returned in (WRITTEN, WRITTEN | PRESENT):
         expected = regions(area, range(6), returned)
         found = Pagemap.scan(area.range, WRITTEN, returned=returned, flags=CHECK)
-        expect(found, Scan(expected, area.range.end), "pages written, before the first protection")
+        expect_scan(area, found, Scan(expected, area.range.end), "pages written, before the first protection")
     ctx.uffd.writeprotect(area.range)
     expect_written(area, (), "pages written, after UFFDIO_WRITEPROTECT")
     write(ctx.uffd, area, 1, 2, 4)
@@ -333,12 +333,27 @@ def test_async_scan_restart(ctx: Context) -> None:
     for returned in (WRITTEN, WRITTEN | PRESENT):
         write(ctx.uffd, area, 1, 2, 4)
         found = Pagemap.scan(area.range, WRITTEN, returned=returned, flags=RESTART)
-        expect(found, Scan(regions(area, {1, 2, 4}, returned), area.range.end), "pages written, protecting them")
+        expect_scan(area, found, Scan(regions(area, {1, 2, 4}, returned), area.range.end), "pages written")
         Pagemap.expect_protected(area, range(6), "after that")
         expect_written(area, (), "pages written, the next time", flags=RESTART)
         write(ctx.uffd, area, 2)
         expect_written(area, {2}, "pages written, after a write to page 2", flags=RESTART)
     undisturbed(ctx.uffd, lambda: area.expect_pattern_of(area))
+
+
+@uffd_case("async-scan-remote", mem=ALL, features=ASYNC, needs=SCAN, pages=3, rows=("AS-03", "AS-04"))
+def test_async_scan_remote(ctx: Context) -> None:
+    """PAGEMAP_SCAN through the pagemap of another process reports and protects that process's pages."""
+    area, owner = tracked(ctx), os.getpid()
+    write(ctx.uffd, area, 1)
+
+    def scan(_channel: Channel) -> None:
+        found = Pagemap.scan(area.range, WRITTEN, flags=RESTART, pid=owner)
+        expect_scan(area, found, Scan(regions(area, {1}), area.range.end), "pages that the parent has written")
+
+    with Child(scan):
+        pass
+    expect_written(area, set(), "pages written since the child has protected them")
 
 
 @uffd_case("async-scan-concurrent", mem=(ANON,), features=ASYNC, needs=SCAN, pages=1024, rows=("AS-04",), smp=True)
@@ -375,7 +390,7 @@ def test_async_scan_eperm(ctx: Context) -> None:
         with promise("AS-06"):
             for where, expected in ((area.range, {0}), (area.page(1, 2), ())):
                 found = Pagemap.scan(where, WRITTEN, flags=WP_MATCHING)
-                expect(found, Scan(regions(area, expected), where.end), "pages written, protecting them")
+                expect_scan(area, found, Scan(regions(area, expected), where.end), "pages written, protecting them")
             Pagemap.expect_protected(area, {0}, "after that")
 
 
@@ -387,7 +402,7 @@ def test_async_scan_room(ctx: Context) -> None:
     for flags in (CHECK, RESTART):
         found = Pagemap.scan(area.range, WRITTEN, flags=flags, room=1)
         with promise("AS-07", f"room for one region, {flags}"):
-            expect(found, Scan(regions(area, {1, 2}), area.page(4).start), "pages written")
+            expect_scan(area, found, Scan(regions(area, {1, 2}), area.page(4).start), "pages written")
     Pagemap.expect_protected(area, {0, 1, 2, 3, 5}, "after protecting what was reported")
     rest = Pagemap.scan(Range(found.walk_end, end - found.walk_end), WRITTEN, flags=RESTART, room=1)
     expect(rest, Scan(regions(area, {4}), end), "pages written, going on from there")
@@ -585,9 +600,9 @@ def test_async_scan_wpallowed(ctx: Context) -> None:
         synchronous.register(area.page(2), WP)
         ctx.uffd.writeprotect(area.page(0))
         found = Pagemap.scan(area.range, WPALLOWED)
-        expect(found, Scan(regions(area, {0, 1}, WPALLOWED), area.range.end), "pages with PAGE_IS_WPALLOWED")
+        expect_scan(area, found, Scan(regions(area, {0, 1}, WPALLOWED), area.range.end), "pages with PAGE_IS_WPALLOWED")
         found = Pagemap.scan(area.range, WPALLOWED, inverted=WPALLOWED, returned=PRESENT)
-        expect(found, Scan(regions(area, {2, 3}, PRESENT), area.range.end), "pages without PAGE_IS_WPALLOWED")
+        expect_scan(area, found, Scan(regions(area, {2, 3}, PRESENT), area.range.end), "pages without that")
     both = Pagemap.scan(area.page(0, 2), WPALLOWED, returned=WPALLOWED | WRITTEN)
     expected = regions(area, {0}, WPALLOWED) + regions(area, {1}, WPALLOWED | WRITTEN)
     expect(both.regions, expected, "pages with PAGE_IS_WPALLOWED, and which of them are written")
@@ -614,7 +629,7 @@ def test_async_scan_categories(ctx: Context) -> None:
         ("PFNZERO", [], scan(zero, returned=every)),
         ("PRESENT, whatever else", regions(area, range(3), NONE), scan(PRESENT, returned=NONE)),
     ):
-        expect(found, Scan(expected, area.range.end), f"pages with {what}")
+        expect_scan(area, found, Scan(expected, area.range.end), f"pages with {what}")
 
 
 @uffd_case("async-scan-zeropage", mem=(ANON,), features=ASYNC, needs=SCAN, pages=3, rows=("AS-03",), kind=Kind.DETAIL)

@@ -164,9 +164,7 @@ def test_faults_exact_address(ctx: Context) -> None:
             ctx.uffd.copy(ctx.dst.page(number).start, ctx.src.start, ctx.page_size)
 
 
-@uffd_case(
-    "faults-exact-address-wp", mem=ALL, features=WRITEPROTECT | Feature.EXACT_ADDRESS, pages=2, rows=("FL-03",)
-)
+@uffd_case("faults-exact-address-wp", mem=ALL, features=WRITEPROTECT | Feature.EXACT_ADDRESS, pages=2, rows=("FL-03",))
 def test_faults_exact_address_wp(ctx: Context) -> None:
     """With UFFD_FEATURE_EXACT_ADDRESS the address told of a protected page is the byte that was written."""
     address = odd_address(ctx, 1)
@@ -225,6 +223,33 @@ def test_faults_thread(ctx: Context) -> None:
         ctx.uffd.copy(start, ctx.src.start, ctx.page_size)
 
 
+@uffd_case("faults-thread-wp", mem=ALL, features=WRITEPROTECT | Feature.THREAD_ID, pages=1, rows=("FL-04",))
+def test_faults_thread_wp(ctx: Context) -> None:
+    """With UFFD_FEATURE_THREAD_ID the message of a protected page names the thread that writes to it."""
+    ctx.dst.fill()
+    ctx.uffd.register(ctx.dst.range, WP)
+    ctx.uffd.writeprotect(ctx.dst.range)
+    with faulting(ctx.uffd, ctx.dst.start, write=True, flags=WRITE | PagefaultFlag.WP) as waiter:
+        expect(thread_told(waiter), waiter.tid, "the thread told")
+        ctx.uffd.unprotect(ctx.dst.range)
+
+
+@uffd_case(
+    "faults-thread-minor",
+    mem=(SHMEM, HUGETLB),
+    features=MINOR_FAULTS | Feature.THREAD_ID,
+    pages=1,
+    rows=("FL-04",),
+)
+def test_faults_thread_minor(ctx: Context) -> None:
+    """With UFFD_FEATURE_THREAD_ID the message of a minor fault names the thread that sleeps."""
+    ctx.dst.pattern.fill(ctx.dst.alias.start, 0, 1)
+    ctx.uffd.register(ctx.dst.range, MINOR)
+    with faulting(ctx.uffd, ctx.dst.start, flags=PagefaultFlag.MINOR) as waiter:
+        expect(thread_told(waiter), waiter.tid, "the thread told")
+        ctx.uffd.continue_(ctx.dst.page(0))
+
+
 @uffd_case("faults-no-thread", mem=ALL, pages=1, rows=("FL-04",))
 def test_faults_no_thread(ctx: Context) -> None:
     """Without UFFD_FEATURE_THREAD_ID no thread is named."""
@@ -234,28 +259,47 @@ def test_faults_no_thread(ctx: Context) -> None:
         ctx.uffd.copy(ctx.dst.start, ctx.src.start, ctx.page_size)
 
 
-@uffd_case("faults-thread-remote", mem=ALL, needs=("kernel_faults",), pages=1, rows=("FL-04",))
-def test_faults_thread_remote(ctx: Context) -> None:
-    """When another process reads a missing page with process_vm_readv(2), the message names the thread that reads."""
+@contextmanager
+def watched_child(ctx: Context, features: Feature) -> Iterator[tuple[int, Uffd]]:
+    """Yield the number of a child process whose destination is registered as missing, and its handle."""
 
     def target(channel: Channel) -> None:
-        with Uffd.open(Feature.THREAD_ID, KERNEL_FAULTS) as uffd:
+        with Uffd.open(features, KERNEL_FAULTS) as uffd:
             uffd.register(ctx.dst.range, MISSING)
             channel.send(None, uffd.fd)
             channel.receive()
-            uffd.copy(start, ctx.src.start, ctx.page_size)
-            channel.receive()
 
-    ctx.src.fill()
-    start = ctx.dst.start
     with Child(target) as child, Uffd(child.receive_fds()[1][0]) as uffd:
         if not may_read_memory_of(child.pid):
             raise Skip("process_vm_readv(2) of a child: EPERM: set kernel.yama.ptrace_scope to 1, or run as root")
-        with faulting(uffd, start, call=partial(syscalls.process_vm_readv, child.pid, start, 64)) as waiter:
-            expect(thread_told(waiter), waiter.tid, "the thread told")
-            child.send("fill it")
-            expect(waiter.result(), peek(ctx.src.start, 64), "what process_vm_readv(2) read")
+        yield child.pid, uffd
         child.send("exit")
+
+
+@uffd_case("faults-thread-remote", mem=ALL, needs=("kernel_faults",), pages=1, rows=("FL-04",))
+def test_faults_thread_remote(ctx: Context) -> None:
+    """When another process reads a missing page with process_vm_readv(2), the message names the thread that reads."""
+    start = ctx.dst.start
+    ctx.src.fill()
+    with (
+        watched_child(ctx, Feature.THREAD_ID) as (pid, uffd),
+        faulting(uffd, start, call=partial(syscalls.process_vm_readv, pid, start, 64)) as waiter,
+    ):
+        expect(thread_told(waiter), waiter.tid, "the thread told")
+        uffd.copy(start, ctx.src.start, ctx.page_size)
+        expect(waiter.result(), peek(ctx.src.start, 64), "what process_vm_readv(2) read")
+
+
+@uffd_case("faults-flags-remote", mem=ALL, needs=("kernel_faults",), pages=1, rows=("FL-01", "FL-11"))
+def test_faults_flags_remote(ctx: Context) -> None:
+    """When another process writes to a missing page with process_vm_writev(2), the message tells of a write."""
+    start = ctx.dst.start
+    with (
+        watched_child(ctx, Feature(0)) as (pid, uffd),
+        faulting(uffd, start, flags=WRITE, call=partial(syscalls.process_vm_writev, pid, start, b"x")) as waiter,
+    ):
+        uffd.copy(start, ctx.src.start, ctx.page_size)
+        expect(waiter.result(), 1, "result of process_vm_writev(2)")
 
 
 def may_read_memory_of(pid: int) -> bool:
@@ -453,8 +497,21 @@ def test_faults_umo_syscalls(ctx: Context) -> None:
 
 
 @uffd_case(
-    "faults-umo-syscalls-wp", mem=ALL, features=WRITEPROTECT, pages=2, rows=("FL-09",), kind=Kind.DETAIL
+    "faults-umo-syscalls-minor",
+    mem=(SHMEM, HUGETLB),
+    features=MINOR_FAULTS,
+    pages=2,
+    rows=("FL-09", "FL-10"),
+    kind=Kind.DETAIL,
 )
+def test_faults_umo_syscalls_minor(ctx: Context) -> None:
+    """With UFFD_USER_MODE_ONLY a system call that meets a page in want of its mapping fails, without a message."""
+    ctx.dst.pattern.fill(ctx.dst.alias.start, 0, 2)
+    ctx.uffd.register(ctx.dst.range, MINOR)
+    expect_refused_syscalls("FL-09 FL-10", ctx, ctx.uffd)
+
+
+@uffd_case("faults-umo-syscalls-wp", mem=ALL, features=WRITEPROTECT, pages=2, rows=("FL-09",), kind=Kind.DETAIL)
 def test_faults_umo_syscalls_wp(ctx: Context) -> None:
     """With UFFD_USER_MODE_ONLY a system call that writes to a protected page fails, one that reads it does not."""
     ctx.dst.fill()
@@ -492,6 +549,25 @@ def test_faults_syscalls(ctx: Context) -> None:
     expect(peek(into, 64), b"file" + peek(ctx.src.page(1).start + 4, 60), "what was read")
     expect(os.pread(file, 100, 4), peek(ctx.src.page(1).start, 64), "what was written")
     os.close(file)
+
+
+@uffd_case(
+    "faults-syscalls-told",
+    mem=ALL,
+    needs=("kernel_faults",),
+    features=Feature.EXACT_ADDRESS | Feature.THREAD_ID,
+    pages=1,
+    rows=("FL-03", "FL-04", "FL-11"),
+)
+def test_faults_syscalls_told(ctx: Context) -> None:
+    """A fault of read(2) is told with the byte that it wants to write, and with the thread that calls it."""
+    address = odd_address(ctx, 0)
+    with Uffd.open(Feature.EXACT_ADDRESS | Feature.THREAD_ID, KERNEL_FAULTS) as uffd, open("/dev/zero", "rb") as zero:
+        uffd.register(ctx.dst.range, MISSING)
+        call = partial(syscalls.read_into, zero.fileno(), address, 1)
+        with faulting(uffd, address, at=address, flags=WRITE, call=call) as waiter:
+            expect(thread_told(waiter), waiter.tid, "the thread told")
+            uffd.copy(ctx.dst.start, ctx.src.start, ctx.page_size)
 
 
 FUTEX_WAIT = 0

@@ -154,6 +154,14 @@ def test_read_count(ctx: Context) -> None:
                 eventually(lambda: ctx.uffd.fdinfo.pending == 3, "three faults again")
 
 
+@uffd_case("read-many", mem=(ANON,), pages=40, rows=("RD-04",))
+def test_read_many(ctx: Context) -> None:
+    """One read returns all messages that are there, if they fit, and they are many."""
+    ctx.uffd.register(ctx.dst.range, MISSING)
+    with faults(ctx, *range(40)) as messages:
+        expect(ctx.uffd.read(len(messages)), messages, "the messages of one read")
+
+
 # ---- in which order ------------------------------------------------------------------------------------------------
 
 

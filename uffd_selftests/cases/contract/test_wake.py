@@ -27,6 +27,8 @@ from uffd_selftests.memory import PAGE_SIZE, Range, peek, poke, unmap, user_spac
 from uffd_selftests.processes import Waiter, faulting, faulting_pages, orphaned, unread_event
 from uffd_selftests.uapi import CopyMode, Feature, PagefaultFlag
 
+FOUR_GIB = 1 << 32
+"""A length that is nothing to who counts in 32 bits; for the kernel's own wakes, length 0 is everybody."""
 
 @uffd_case("wake-errors", mem=(ANON,), pages=2, rows=("WK-01",))
 def test_wake_errors(ctx: Context) -> None:
@@ -139,6 +141,19 @@ def test_wake_other_page(ctx: Context) -> None:
             ctx.uffd.wake(ctx.dst.page(number))
             ctx.uffd.expect_asleep(1)
         ctx.uffd.copy(ctx.dst.page(1).start, ctx.src.start, ctx.page_size)
+
+
+@uffd_case("wake-elsewhere", mem=(ANON,), pages=3, rows=("WK-04",))
+def test_wake_elsewhere(ctx: Context) -> None:
+    """UFFDIO_WAKE leaves a thread asleep that waits outside its range, however large that is."""
+    page = ctx.dst.page(1)
+    ctx.uffd.register(ctx.dst.range, MISSING)
+    with faulting(ctx.uffd, page.start):
+        for length in (PAGE_SIZE, FOUR_GIB, FOUR_GIB + PAGE_SIZE, page.start):
+            with promise("WK-04", f"the {length:#x} bytes before the page"):
+                ctx.uffd.wake(Range(page.start - length, length))
+                ctx.uffd.expect_still_asleep(1)
+        ctx.uffd.copy(page.start, ctx.src.start, page.len)
 
 
 @uffd_case("wake-pages", mem=ALL, pages=4, rows=("WK-03", "WK-04"))
