@@ -351,13 +351,15 @@ def test_read_signal(ctx: Context) -> None:
         with handled(SIGUSR1), fails(EINTR), Waiter(partial(read_raw, uffd, MESSAGE_SIZE)) as reader:
             reader.expect_sleeping()
             reader.signal(SIGUSR1)
-        with handled(SIGUSR1, restart=True) as notes, Waiter(uffd.read) as reader:
+        # Not Uffd.read: Python repeats a read that a signal has ended.
+        restarted = Waiter(lambda: parse_message(read_raw(uffd, MESSAGE_SIZE)))
+        with handled(SIGUSR1, restart=True) as notes, restarted as reader:
             reader.expect_sleeping()
             reader.signal(SIGUSR1)
             eventually(lambda: notes == [SIGUSR1], "the handler to run")
             reader.expect_sleeping()
             with faults(ctx, 0, uffd=uffd) as messages:
-                expect(reader.result(), messages, "messages of the restarted read")
+                expect([reader.result()], messages, "the message of the restarted read")
 
 
 # ---- bad buffers ---------------------------------------------------------------------------------------------------
