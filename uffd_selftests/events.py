@@ -8,6 +8,9 @@ import signal
 from collections.abc import Callable
 
 from uffd_selftests.common import (
+    MINOR,
+    MISSING,
+    WP,
     Action,
     Context,
     FaultHandler,
@@ -20,9 +23,10 @@ from uffd_selftests.common import (
     eventually,
     expect,
 )
+from uffd_selftests.mem_types import ANON
 from uffd_selftests.memory import AccessError, KernelError, Range, expect_same, peek
 from uffd_selftests.processes import Child, ChildError, Waiter, faulting
-from uffd_selftests.uapi import Feature
+from uffd_selftests.uapi import Feature, RegisterMode
 
 FORK = Feature.EVENT_FORK
 REMAP = Feature.EVENT_REMAP
@@ -142,6 +146,17 @@ def expect_served(ctx: Context, page: Range) -> None:
         ctx.uffd.copy(page.start, ctx.src.start, page.len)
     expect_same(ctx.src.start, page.start, page.len, "the filled page")
     ctx.uffd.expect_no_message()
+
+
+def modes_offered(ctx: Context) -> list[RegisterMode]:
+    """Return modes in which the memory can be registered: each alone where it can be, and MISSING with WP."""
+    offered = ctx.uffd.offered
+    wp = Feature.PAGEFAULT_FLAG_WP if ctx.mem == ANON else Feature.WP_HUGETLBFS_SHMEM
+    minor = Feature.MINOR_HUGETLBFS if ctx.mem.hugetlb else Feature.MINOR_SHMEM
+    modes = [MISSING]
+    modes += [WP, MISSING | WP] if wp in offered else []
+    modes += [MINOR] if ctx.mem.shared and minor in offered else []
+    return modes
 
 
 def open_userfaultfds() -> set[int]:

@@ -20,6 +20,7 @@ from uffd_selftests.events import (
     expect_contents,
     expect_no_memory,
     expect_served,
+    modes_offered,
     moved,
     outcome,
     recorder,
@@ -166,6 +167,28 @@ def test_remap_off(ctx: Context) -> None:
     expect_modes(place.range, UNREGISTERED)
     expect_contents(ctx, place.page(0))
     expect(undisturbed(ctx.uffd, lambda: peek(place.page(1).start)), b"\0", "a missing page of the moved mapping")
+
+
+@uffd_case("remap-off-modes", mem=ALL, pages=1, spare_hugepages=6, rows=("EV-24",), kind=Kind.DETAIL)
+def test_remap_off_modes(ctx: Context) -> None:
+    """Without UFFD_FEATURE_EVENT_REMAP a moved mapping is not registered any more in whichever mode it was."""
+    for mode in modes_offered(ctx):
+        area, place = ctx.allocate(), ctx.allocate()
+        with promise("EV-24", f"registered for {mode}"):
+            ctx.uffd.register(area.range, mode)
+            undisturbed(ctx.uffd, partial(remap, area.range, to=place.start))
+            expect_modes(place.range, UNREGISTERED)
+
+
+@uffd_case("remap-event-modes", mem=ALL, features=REMAP, pages=1, spare_hugepages=6, rows=("EV-19",))
+def test_remap_event_modes(ctx: Context) -> None:
+    """A mapping that was moved is announced in whichever mode it is registered, and stays in that mode."""
+    for mode in modes_offered(ctx):
+        area, place = ctx.allocate(), ctx.allocate()
+        with promise("EV-19", f"registered for {mode}"):
+            ctx.uffd.register(area.range, mode)
+            announced(ctx.uffd, partial(remap, area.range, to=place.start), moved(area.range, place.start))
+            expect_modes(place.range, mode)
 
 
 @uffd_case("remap-off-dontunmap", mem=NOT_HUGETLB, pages=2, rows=("EV-24",), kind=Kind.DETAIL)

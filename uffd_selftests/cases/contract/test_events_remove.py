@@ -12,10 +12,8 @@ from functools import partial
 from uffd_selftests import syscalls
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    MINOR,
     MISSING,
     UNREGISTERED,
-    WP,
     Context,
     Message,
     Pagemap,
@@ -30,6 +28,7 @@ from uffd_selftests.events import (
     announced,
     await_event,
     expect_served,
+    modes_offered,
     outcome,
     recorder,
     removed,
@@ -38,7 +37,6 @@ from uffd_selftests.events import (
 from uffd_selftests.mem_types import ALL, ANON, HUGETLB, HUGETLB_PRIVATE, NOT_HUGETLB, SHMEM, SHMEM_PRIVATE
 from uffd_selftests.memory import PAGE_SIZE, Advice, KernelError, Range, advise, expect_bytes, unmap
 from uffd_selftests.processes import Waiter, undisturbed
-from uffd_selftests.uapi import Feature
 
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 
@@ -107,14 +105,8 @@ def test_remove_event_free(ctx: Context) -> None:
 @uffd_case("remove-event-modes", mem=ALL, features=REMOVE, pages=3, rows=("EV-42",), kind=Kind.DETAIL)
 def test_remove_event_modes(ctx: Context) -> None:
     """Dropped pages are announced in whichever mode the memory is registered."""
-    offered = ctx.uffd.offered
-    wp = Feature.PAGEFAULT_FLAG_WP if ctx.mem == ANON else Feature.WP_HUGETLBFS_SHMEM
-    minor = Feature.MINOR_HUGETLBFS if ctx.mem.hugetlb else Feature.MINOR_SHMEM
-    modes = [MISSING]
-    modes += [WP, MISSING | WP] if wp in offered else []
-    modes += [MINOR] if ctx.mem.shared and minor in offered else []
     page = ctx.dst.page(1)
-    for mode in modes:
+    for mode in modes_offered(ctx):
         with promise("EV-42", f"registered for {mode}"):
             ctx.uffd.register(ctx.dst.range, mode)
             announced(ctx.uffd, lambda: advise(page, Advice.DONTNEED), removed(page))

@@ -31,6 +31,7 @@ from uffd_selftests.events import (
     await_event,
     expect_no_memory,
     expect_served,
+    modes_offered,
     recorder,
     take_event,
     unmapped,
@@ -79,6 +80,16 @@ def test_unmap_event_whole(ctx: Context) -> None:
     announced(ctx.uffd, lambda: unmap(where), unmapped(where))
     expect_no_memory(where)
     expect_modes(ctx.dst.page(5), MISSING)
+
+
+@uffd_case("unmap-event-modes", mem=ALL, features=UNMAP, pages=1, spare_hugepages=2, rows=("EV-13",))
+def test_unmap_event_modes(ctx: Context) -> None:
+    """Munmap is announced in whichever mode the memory is registered."""
+    for mode in modes_offered(ctx):
+        where = ctx.allocate().range
+        with promise("EV-13", f"registered for {mode}"):
+            ctx.uffd.register(where, mode)
+            announced(ctx.uffd, partial(unmap, where), unmapped(where))
 
 
 @uffd_case("unmap-event-nobody", mem=ALL, features=UNMAP, pages=3, rows=("EV-14",), kind=Kind.DETAIL)

@@ -19,8 +19,12 @@ from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
     DEADLINE,
     DEFAULT_FLAGS,
+    MINOR,
+    MINOR_FAULTS,
     MISSING,
     UNREGISTERED,
+    WP,
+    WRITEPROTECT,
     Context,
     Skip,
     Uffd,
@@ -29,8 +33,8 @@ from uffd_selftests.common import (
     expect_modes,
     promise,
 )
-from uffd_selftests.mem_types import ALL, ANON
-from uffd_selftests.memory import KernelError, peek
+from uffd_selftests.mem_types import ALL, ANON, HUGETLB, SHMEM
+from uffd_selftests.memory import KernelError, peek, poke
 from uffd_selftests.processes import Channel, Child, Waiter, faulting, orphaned, unread_event
 from uffd_selftests.uapi import Feature
 
@@ -49,27 +53,29 @@ def named(events: int) -> str:
     return "|".join(known + ([hex(rest)] if rest else [])) or "0"
 
 
-def by_poll(uffd: Uffd, timeout: float, asked: int = _ASKED) -> int:
-    """poll(2); returns revents, 0 when the timeout (in seconds) passed."""
+def by_poll(uffd: Uffd, timeout: float | None, asked: int = _ASKED) -> int:
+    """poll(2); returns revents, 0 when the timeout (in seconds; None: never) passed."""
     poller = select.poll()
     poller.register(uffd.fd, asked)
-    return sum(events for _, events in poller.poll(timeout * 1000))
+    return sum(events for _, events in poller.poll(None if timeout is None else timeout * 1000))
 
 
-def by_epoll(uffd: Uffd, timeout: float) -> int:
+def by_epoll(uffd: Uffd, timeout: float | None, asked: int = _ASKED) -> int:
     """epoll_wait(2), level triggered."""
     with select.epoll() as epoll:
-        epoll.register(uffd.fd, _ASKED)
+        epoll.register(uffd.fd, asked)
         return sum(events for _, events in epoll.poll(timeout))
 
 
-def by_select(uffd: Uffd, timeout: float) -> int:
+def by_select(uffd: Uffd, timeout: float | None, asked: int = _ASKED) -> int:
     """select(2); readable, writable and exceptional count as POLLIN, POLLOUT and POLLPRI."""
-    sets = select.select([uffd], [uffd], [uffd], timeout)
-    return sum(event for event, ready in zip((POLLIN, POLLOUT, POLLPRI), sets, strict=True) if ready)
+    events = (POLLIN, POLLOUT, POLLPRI)
+    readable, writable, exceptional = ([uffd] if asked & event else [] for event in events)
+    sets = select.select(readable, writable, exceptional, timeout)
+    return sum(event for event, ready in zip(events, sets, strict=True) if ready)
 
 
-WAYS: dict[str, Callable[[Uffd, float], int]] = {"poll": by_poll, "epoll": by_epoll, "select": by_select}
+WAYS: dict[str, Callable[[Uffd, float | None, int], int]] = {"poll": by_poll, "epoll": by_epoll, "select": by_select}
 
 
 def expect_events(row: str, uffd: Uffd, expected: int, when: str) -> None:
@@ -77,13 +83,16 @@ def expect_events(row: str, uffd: Uffd, expected: int, when: str) -> None:
     for way, ask in WAYS.items():
         wanted = POLLIN | POLLOUT if way == "select" and expected & POLLERR else expected
         with promise(row, f"{way}, {when}"):
-            expect(named(ask(uffd, 0)), named(wanted), "events")
+            expect(named(ask(uffd, 0, _ASKED)), named(wanted), "events")
 
 
 @contextmanager
 def sleeping_in(way: str, uffd: Uffd) -> Iterator[Waiter]:
-    """Have a thread sleep in poll, epoll or select; its result is what ended the sleep."""
-    with Waiter(lambda: named(WAYS[way](uffd, DEADLINE))) as sleeper:
+    """Have a thread sleep in poll, epoll or select until POLLIN wakes it; its result is what it was told.
+
+    Without a timeout: at its end the kernel would look once more, and nobody would miss the wake-up.
+    """
+    with Waiter(lambda: named(WAYS[way](uffd, None, POLLIN))) as sleeper:
         sleeper.expect_sleeping()
         yield sleeper
 
@@ -143,6 +152,27 @@ def test_poll_fault(ctx: Context) -> None:
             expect_events("PL-05", ctx.uffd, 0, "the fault read, not resolved")
             ctx.uffd.copy(address, ctx.src.start, ctx.page_size)
         expect_events("PL-05", ctx.uffd, 0, "the fault resolved")
+
+
+@uffd_case("poll-fault-minor", mem=(SHMEM, HUGETLB), features=MINOR_FAULTS, pages=1, rows=("PL-04",))
+def test_poll_fault_minor(ctx: Context) -> None:
+    """A minor fault wakes who waits for a userfaultfd to be readable."""
+    ctx.dst.pattern.fill(ctx.dst.alias.start, 0, 1)
+    ctx.uffd.register(ctx.dst.range, MINOR)
+    with sleeping_in("poll", ctx.uffd) as sleeper, Waiter(lambda: peek(ctx.dst.start)):
+        expect(sleeper.result(), "POLLIN", "events")
+        ctx.uffd.continue_(ctx.dst.range)
+
+
+@uffd_case("poll-fault-wp", mem=ALL, features=WRITEPROTECT, pages=1, rows=("PL-04",))
+def test_poll_fault_wp(ctx: Context) -> None:
+    """A write to a protected page wakes who waits for a userfaultfd to be readable."""
+    ctx.dst.fill()
+    ctx.uffd.register(ctx.dst.range, WP)
+    ctx.uffd.writeprotect(ctx.dst.range)
+    with sleeping_in("poll", ctx.uffd) as sleeper, Waiter(lambda: poke(ctx.dst.start, b"x")):
+        expect(sleeper.result(), "POLLIN", "events")
+        ctx.uffd.unprotect(ctx.dst.range)
 
 
 @uffd_case("poll-event", mem=ALL, features=Feature.EVENT_REMOVE, pages=1, rows=("PL-04",))
