@@ -8,7 +8,7 @@ import stat
 import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
-from errno import EACCES, EINVAL, EMFILE, EPERM
+from errno import EACCES, EFAULT, EINVAL, EMFILE, EPERM
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from uffd_selftests.processes import (
     faulting,
     out_of_descriptors,
     run_as,
+    undisturbed,
     unprivileged_userfaultfd,
     without_cap_sys_ptrace,
 )
@@ -156,6 +157,16 @@ def test_device_handle(ctx: Context) -> None:
         with promise("DEV-02"), faulting(uffd, page.start):
             uffd.copy(page.start, ctx.src.page(1).start, page.len)
         ctx.dst.expect_pattern_of(ctx.src, 1, 1)
+
+
+@uffd_case("device-user-mode-only", mem=(ANON,), pages=1, needs=("device",), rows=("DEV-02",))
+def test_device_user_mode_only(ctx: Context) -> None:
+    """A handle from the device with UFFD_USER_MODE_ONLY is told of no fault met in the kernel: the call fails."""
+    with Device() as device, device.new(os.O_NONBLOCK | UFFD_USER_MODE_ONLY) as uffd, open("/dev/zero", "rb") as zero:
+        uffd.api()
+        uffd.register(ctx.dst.range, MISSING)
+        with promise("DEV-02"), fails(EFAULT):
+            undisturbed(uffd, partial(syscalls.read_into, zero.fileno(), ctx.dst.start, 1))
 
 
 @uffd_case("device-outlived", needs=("device",), rows=("DEV-02",))

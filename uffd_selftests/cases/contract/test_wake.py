@@ -132,6 +132,20 @@ def test_wake_all_of_a_page(ctx: Context) -> None:
             ctx.uffd.expect_still_asleep(0)
 
 
+@uffd_case("wake-beside-unread", mem=ALL, pages=4, rows=("WK-04", "WK-05"), kind=Kind.DETAIL)
+def test_wake_beside_unread(ctx: Context) -> None:
+    """Of two threads on different pages, one message read and one not, a fill wakes the one it is for, whichever."""
+    ctx.uffd.register(ctx.dst.range, MISSING)
+    for number, when in ((0, "its message read, the other not"), (3, "its message not read, the other read")):
+        read, unread = ctx.dst.page(number & 2), ctx.dst.page(number & 2 | 1)
+        with faulting(ctx.uffd, read.start) as first, faulting(ctx.uffd, unread.start, read=False) as second:
+            with promise("WK-04, WK-05", when):
+                ctx.uffd.copy(ctx.dst.page(number).start, ctx.src.start, ctx.page_size)
+                (second if number & 1 else first).result()
+                ctx.uffd.expect_asleep(1)
+            ctx.uffd.copy(ctx.dst.page(number ^ 1).start, ctx.src.start, ctx.page_size)
+
+
 @uffd_case("wake-other-page", mem=ALL, pages=3, rows=("WK-04",))
 def test_wake_other_page(ctx: Context) -> None:
     """UFFDIO_WAKE leaves a thread asleep that waits outside its range."""
