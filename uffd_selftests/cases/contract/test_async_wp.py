@@ -7,6 +7,7 @@ import os
 from ctypes import addressof, sizeof
 from errno import EFAULT, EINVAL, EPERM
 from functools import partial
+from pathlib import Path
 
 from uffd_selftests import syscalls, uapi
 from uffd_selftests.case import Defect, Kind, uffd_case
@@ -25,6 +26,7 @@ from uffd_selftests.common import (
     huge_area,
     promise,
     refuses,
+    require_soft_dirty,
     swap_out,
 )
 from uffd_selftests.files import plain_file
@@ -646,6 +648,20 @@ def test_async_scan_zeropage(ctx: Context) -> None:
     write(ctx.uffd, area, 1)
     expect(Pagemap.scan(area.range, zero).regions, regions(area, {0}, zero), "zero pages, after a write")
     expect_written(area, {1}, "pages written")
+
+
+@uffd_case("async-scan-soft-dirty", mem=(ANON,), needs=(*SCAN, "swap"), pages=3, rows=("AS-03",), kind=Kind.DETAIL)
+def test_async_scan_soft_dirty(ctx: Context) -> None:
+    """PAGE_IS_SOFT_DIRTY is what was written since clear_refs, be it swapped out or not."""
+    area, dirty = ctx.dst, PageCategory.SOFT_DIRTY
+    area.fill()
+    require_soft_dirty(area.start)
+    Path("/proc/self/clear_refs").write_text("4")
+    poke(area.page(1).start, b"x")
+    for when in ("present", "swapped out"):
+        found = Pagemap.scan(area.range, dirty)
+        expect_scan(area, found, Scan(regions(area, {1}, dirty), area.range.end), f"soft-dirty pages, {when}")
+        swap_out(area.range)
 
 
 @uffd_case("async-scan-matching", mem=ALL, features=ASYNC, needs=SCAN, pages=4, rows=("AS-04",), kind=Kind.DETAIL)
