@@ -172,7 +172,7 @@ def test_faults_exact_address_wp(ctx: Context) -> None:
     ctx.uffd.register(ctx.dst.range, WP)
     ctx.uffd.writeprotect(ctx.dst.range)
     with faulting(ctx.uffd, address, at=address, write=True, flags=WRITE | PagefaultFlag.WP):
-        ctx.uffd.unprotect(ctx.dst.range)
+        ctx.uffd.unprotect(ctx.dst.page(1))
 
 
 @uffd_case(
