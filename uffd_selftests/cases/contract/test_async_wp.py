@@ -527,6 +527,25 @@ def test_async_scan_no_vector(ctx: Context) -> None:
     undisturbed(ctx.uffd, lambda: area.expect_pattern_of(area))
 
 
+@uffd_case(
+    "async-scan-no-vector-swap",
+    mem=(ANON, SHMEM_PRIVATE),
+    features=ASYNC,
+    needs=("swap", *SCAN),
+    pages=3,
+    rows=("AS-08",),
+)
+def test_async_scan_no_vector_swap(ctx: Context) -> None:
+    """Without a vector PM_SCAN_WP_MATCHING also protects pages that are swapped out."""
+    area = tracked(ctx)
+    write(ctx.uffd, area, 1, 2)
+    swap_out(area.range)
+    Pagemap.scan(area.range, WRITTEN, flags=RESTART, room=0)
+    with promise("AS-08"):
+        Pagemap.expect_protected(area, range(3), "after that")
+        expect_written(area, (), "pages written, after that")
+
+
 @uffd_case("async-scan-no-vector-holes", mem=NOT_HUGETLB, features=ASYNC, needs=SCAN, pages=4, rows=("AS-08",))
 def test_async_scan_no_vector_holes(ctx: Context) -> None:
     """Without a vector PM_SCAN_WP_MATCHING also protects pages that are not there, whether others are there or not."""

@@ -287,6 +287,18 @@ def test_move_holes_among_pages(ctx: Context) -> None:
         ctx.uffd.zeropage(ctx.dst.page(3))
 
 
+@uffd_case("move-holes-dontwake", mem=(ANON,), features=MOVE, pages=2, rows=("MV-04",))
+def test_move_holes_dontwake(ctx: Context) -> None:
+    """ALLOW_SRC_HOLES and DONTWAKE together do what each does alone: the hole does not matter, and nobody wakes."""
+    ctx.src.fill(0, 1)
+    ctx.uffd.register(ctx.dst.range, MISSING)
+    with faulting(ctx.uffd, ctx.dst.start), promise("MV-04"):
+        ctx.uffd.move(ctx.dst.start, ctx.src.start, ctx.dst.range.len, HOLES | MoveMode.DONTWAKE)
+        ctx.uffd.expect_still_asleep(1)
+        ctx.uffd.wake(ctx.dst.page(0))
+    Pagemap.expect_present(ctx.dst, 0)
+
+
 @uffd_case("move-nothing", mem=(ANON,), features=MOVE, pages=1, rows=("MV-28",), bugs=(39,), kind=Kind.DETAIL)
 def test_move_nothing(ctx: Context) -> None:
     """Megabytes of nothing, without any page table, are a hole too; few pages in the midst of them move."""
