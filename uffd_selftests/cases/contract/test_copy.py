@@ -241,6 +241,9 @@ def test_copy_bad_source_range(ctx: Context) -> None:
     for what, source in ("beyond user space", 1 << 63), ("at its end", end), ("across its end", end - PAGE_SIZE + 1):
         with promise("CP-06", f"src {what}"), refuses(EINVAL, output=UNTOUCHED) if checked else refuses(EFAULT):
             ctx.uffd.copy(page.start, source, page.len)
+    if checked:
+        with promise("CP-06", "src reaches beyond its end"), refuses(EINVAL, output=UNTOUCHED):
+            ctx.uffd.copy(page.start, end - 2 * PAGE_SIZE, 4 * PAGE_SIZE)
     if end < 1 << 63:
         with promise("CP-06", "src ends with user space"), refuses(EFAULT):
             ctx.uffd.copy(page.start, end - PAGE_SIZE, page.len)

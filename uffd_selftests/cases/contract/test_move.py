@@ -56,6 +56,7 @@ from uffd_selftests.memory import (
     protect,
     read_only,
     unmap,
+    user_space_end,
 )
 from uffd_selftests.processes import (
     Channel,
@@ -467,6 +468,9 @@ def test_move_errors(ctx: Context) -> None:
     for what, bad in bad_ranges(ctx.src.page(0)).items():
         with promise("MV-02", f"source: {what}"), refuses(EINVAL, output=UNTOUCHED):
             ctx.uffd.move(ctx.dst.start, bad.start, bad.len)
+    end = user_space_end() or 1 << 63
+    with promise("MV-02", "source: reaches beyond user space"), refuses(EINVAL, output=UNTOUCHED):
+        ctx.uffd.move(ctx.dst.start, end - 2 * size, 4 * size)
     for bit in range(2, 64):
         with promise("MV-02", f"mode bit {bit}"), refuses(EINVAL, output=UNTOUCHED):
             ctx.uffd.move(ctx.dst.start, good, size, MoveMode(1 << bit))
