@@ -52,6 +52,9 @@ RECORD = ".json"
 DRAFT = ".new"
 TURN = ".turn"
 
+GROUP = "uffd-selftests-{}"
+"""Name of a cgroup, with the process that made it."""
+EXHAUST_TRIES = 20
 KILL_SECONDS = 30.0
 """How long the processes of a cgroup may take to die."""
 
@@ -312,13 +315,14 @@ class MemoryGroup:
 
     def __enter__(self) -> MemoryGroup:
         root, self.version = _memory_hierarchy()
-        self.path = root / f"uffd-selftests-{os.getpid()}"
+        self.path = root / GROUP.format(os.getpid())
         control = root / "cgroup.subtree_control"
-        enable = self.version == 2 and "memory" not in control.read_text().split()
         try:
             with _Journal.open() as journal:
                 _say(journal.repair())
-                self._entry = journal.add(_GroupRecord(str(self.path), str(control) if enable else ""))
+                enable = self.version == 2 and "memory" not in control.read_text().split()
+                ours = enable or journal.controls(str(control))
+                self._entry = journal.add(_GroupRecord(str(self.path), str(control) if ours else ""))
                 if enable:
                     control.write_text("+memory")
                 self.path.mkdir()
@@ -342,6 +346,42 @@ class MemoryGroup:
     def limit(self, size: int) -> None:
         """Let the processes have so many bytes of memory; what they have beyond them goes to swap."""
         (self.path / self.FILES[self.version]["limit"]).write_text(str(size))
+
+    @property
+    def kills(self) -> bool:
+        """Whether a process is killed when nothing more can be charged (oom_score_adj says which)."""
+        return self.version == 2
+
+    def join(self) -> None:
+        """Move this process into the group, for good."""
+        (self.path / "cgroup.procs").write_text("0")
+
+    def exhaust(self) -> None:
+        """Let nothing more be charged to the group: whatever needs it fails with ENOMEM, in its own processes."""
+        if self.version == 2:
+            with contextlib.suppress(FileNotFoundError):  # without CONFIG_SWAP
+                (self.path / "memory.swap.max").write_text("0")
+            self.limit(0)
+        else:
+            self._exhaust_old()
+
+    def _exhaust_old(self) -> None:
+        (self.path / "memory.oom_control").write_text("1")
+        (self.path / "memory.swappiness").write_text("0")
+        with contextlib.suppress(OSError):  # EBUSY; but what the processors have charged beforehand they give back
+            self.limit(0)
+        for _ in range(EXHAUST_TRIES):
+            with contextlib.suppress(OSError):  # EBUSY: there was more meanwhile
+                self.limit(_number(self.path / "memory.usage_in_bytes"))
+                return
+        raise OSError(errno.EBUSY, "the cgroup's memory grows on")
+
+    def relieve(self) -> None:
+        """End that, and all limits."""
+        if self.version == 2:
+            (self.path / "memory.max").write_text("max")
+        else:
+            self.limit(-1)
 
     def peak(self) -> int:
         """Return the most bytes that the group ever had; 0 where the kernel does not say (before Linux 5.19)."""
@@ -535,8 +575,8 @@ class _GroupRecord:
         there = group.is_dir()
         if there:
             _clear(group)
-        if self.control:
-            with contextlib.suppress(OSError):  # others use it by now
+        if self.control and not any(group.parent.glob(GROUP.format("*"))):
+            with contextlib.suppress(OSError):  # somebody else uses it by now
                 Path(self.control).write_text("-memory")
         return f"removed the cgroup {group}" if there else None
 
@@ -634,13 +674,22 @@ class _Journal:
         _own.pop(entry.name, None)
         os.close(entry.fd)
 
-    def claimed(self, size: int) -> int:
-        """Return how many huge pages of size bytes the running pools want."""
-        records = [entry.record for entry in _own.values()]
+    def controls(self, path: str) -> bool:
+        """Whether memory was put under control in this file for the cgroup of a running process."""
+        records = [entry.record for entry in _own.values()] + self._others_records()
+        return any(isinstance(record, _GroupRecord) and record.control == path for record in records)
+
+    def _others_records(self) -> list[_Record | None]:
+        records = []
         for name in self._names():
             fd = self.open_file(name)
             records.append(_parse(fd))
             os.close(fd)
+        return records
+
+    def claimed(self, size: int) -> int:
+        """Return how many huge pages of size bytes the running pools want."""
+        records = [entry.record for entry in _own.values()] + self._others_records()
         return sum(record.wanted for record in records if isinstance(record, _PoolRecord) and record.size == size)
 
     def others(self) -> bool:

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Requests made when the memory of their process has run out: nothing more can be charged to its memory cgroup.
+
+A child makes them, in a cgroup of its own. Its argument lies in a page whose (minor) fault waits until the cgroup is
+exhausted: so the child is in the kernel already, and needs nothing for itself until there is memory again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from uffd_selftests.common import DEADLINE, MINOR, MINOR_FAULTS, UNTOUCHED, Skip, Uffd, expect
+from uffd_selftests.machine import MemoryGroup
+from uffd_selftests.memory import (
+    MAP_SHARED,
+    PAGE_SIZE,
+    Advice,
+    KernelError,
+    Range,
+    advise,
+    errno_name,
+    mapped,
+    peek,
+    poke,
+    touch,
+)
+from uffd_selftests.processes import Channel, Child
+from uffd_selftests.uapi import PagefaultFlag
+
+UNKILLABLE = "-1000"
+DONE = RELIEVED = b"!"
+"""Written into the last byte of the argument's page by the child, and into the one before by its parent."""
+KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK
+UNSEEN_SECONDS = DEADLINE / 10
+"""How long a request may take whose end does not show in its argument."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request of the child; the last word of its argument is the output field, which holds UNTOUCHED."""
+
+    what: str
+    uffd: Uffd
+    number: int
+    arg: ctypes.Structure
+    then: Callable[[], object] | None = None
+    """What is to be called without memory instead, once the request has been made."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What became of a request without memory, and of the same with memory: the name of the errno, or "success"."""
+
+    what: str
+    outcome: str
+    output: int
+    """The last word of the argument."""
+    later: str
+
+
+def starved(prepare: Callable[[], list[Request]]) -> list[Refusal]:
+    """Have a child prepare requests and make each of them without memory, and once more with it.
+
+    Skip where there is no cgroup to be had.
+    """
+    with ExitStack() as stack:
+        try:
+            group = stack.enter_context(MemoryGroup())
+        except OSError as error:
+            raise Skip(f"needs a memory cgroup of its own, as root: {error.strerror}") from None
+        fd = os.memfd_create("argument")
+        stack.callback(os.close, fd)
+        os.ftruncate(fd, PAGE_SIZE)
+        view = stack.enter_context(mapped(PAGE_SIZE, flags=MAP_SHARED, fd=fd))
+        letter = stack.enter_context(mapped(PAGE_SIZE, flags=MAP_SHARED, fd=fd))
+        child = stack.enter_context(Child(lambda channel: _live(channel, group, letter, prepare)))
+        try:
+            (number, reason), fds = child.receive_fds()
+            if reason:
+                raise Skip(reason)
+            holder = stack.enter_context(Uffd(fds[0]))
+            return [_starve(child, group, holder, view, letter) for _ in range(number)]
+        except AssertionError:
+            child.wait()  # if it failed, it says why
+            raise
+        except BaseException:
+            child.kill()
+            raise
+
+
+def _starve(child: Child, group: MemoryGroup, holder: Uffd, view: Range, letter: Range) -> Refusal:
+    """Let the child make its next request."""
+    what, arg, shows, then = child.receive()
+    poke(view.start, arg)
+    output = Range(view.start + len(arg) - 8, 8)
+    before = peek(output.start, output.len)
+    child.send()
+    holder.wait_fault(letter, PagefaultFlag.MINOR)
+    group.exhaust()
+    try:
+        holder.continue_(letter)
+        end = time.monotonic() + (DEADLINE if shows else UNSEEN_SECONDS)
+        while time.monotonic() < end and peek(view.end - 1, 1) != DONE:
+            if peek(output.start, output.len) != before and not then:
+                break
+            time.sleep(0.001)
+    finally:
+        group.relieve()
+        poke(view.end - 2, RELIEVED)
+    outcome, later = child.receive()
+    (last,) = struct.unpack("=q", peek(output.start, output.len))
+    return Refusal(what, outcome, last, later)
+
+
+def _live(channel: Channel, group: MemoryGroup, letter: Range, prepare: Callable[[], list[Request]]) -> None:
+    """The child's life."""
+    try:
+        group.join()
+        if group.kills:
+            Path("/proc/self/oom_score_adj").write_text(UNKILLABLE)
+        requests = prepare()
+        holder = Uffd.open(MINOR_FAULTS, KERNEL_FAULTS)
+    except Skip as skip:
+        channel.send((0, str(skip)))
+        return
+    except OSError as error:
+        channel.send((0, f"cannot run out of memory without being killed: {error}: needs CAP_SYS_RESOURCE"))
+        return
+    touch(letter, PAGE_SIZE)
+    holder.register(letter, MINOR)
+    channel.send((len(requests), ""), holder.fd)
+    for request in requests:
+        arg = bytes(request.arg)
+        shows = arg.endswith(struct.pack("=q", UNTOUCHED))
+        channel.send((request.what, arg, shows, bool(request.then)))
+        channel.receive()
+        advise(letter, Advice.DONTNEED)
+        outcome = _outcome(request, letter.start)
+        poke(letter.end - 1, DONE)  # a message would need memory
+        while peek(letter.end - 2, 1) != RELIEVED:
+            os.sched_yield()
+        poke(letter.end - 2, bytes(2))
+        later = outcome if outcome == "success" else _outcome(request, ctypes.addressof(request.arg))
+        channel.send((outcome, later))
+
+
+def _outcome(request: Request, address: int) -> str:
+    try:
+        request.uffd.raw_ioctl(request.number, address)
+        if request.then:
+            request.then()
+    except KernelError as error:
+        return errno_name(error.errno or 0)
+    return "success"
+
+
+def expect_refused(refusals: list[Refusal]) -> None:
+    """Assert that requests failed with ENOMEM, in errno and output field, and succeeded when there was memory again."""
+    for refusal in refusals:
+        expect(refusal.outcome, "ENOMEM", f"{refusal.what}: errno without memory")
+        expect(errno_name(refusal.output), "-ENOMEM", f"{refusal.what}: output field without memory")
+        expect(refusal.later, "success", f"{refusal.what}: once there is memory again")
