@@ -361,15 +361,17 @@ class MemoryGroup:
         if self.version == 2:
             with contextlib.suppress(FileNotFoundError):  # without CONFIG_SWAP
                 (self.path / "memory.swap.max").write_text("0")
-            self.limit(0)
+            for _ in range(2):  # what the first time frees, the processors keep charged
+                self.limit(0)
         else:
             self._exhaust_old()
 
     def _exhaust_old(self) -> None:
         (self.path / "memory.oom_control").write_text("1")
         (self.path / "memory.swappiness").write_text("0")
-        with contextlib.suppress(OSError):  # EBUSY; but what the processors have charged beforehand they give back
-            self.limit(0)
+        for _ in range(2):  # as above
+            with contextlib.suppress(OSError):  # EBUSY
+                self.limit(0)
         for _ in range(EXHAUST_TRIES):
             with contextlib.suppress(OSError):  # EBUSY: there was more meanwhile
                 self.limit(_number(self.path / "memory.usage_in_bytes"))

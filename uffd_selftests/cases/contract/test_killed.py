@@ -6,8 +6,10 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import sys
 from collections.abc import Callable
 from errno import EINTR
+from io import FileIO
 
 from uffd_selftests import uapi
 from uffd_selftests.case import Kind, uffd_case
@@ -38,11 +40,20 @@ from uffd_selftests.memory import (
     poke,
 )
 from uffd_selftests.processes import Channel, Child
-from uffd_selftests.uapi import Feature
+from uffd_selftests.uapi import PM_PRESENT, PM_SWAP, Feature
 
 TRIES = 20
 MANY = 65536
 """Pages that take no memory each: with fewer the request would be over before it can be interrupted."""
+
+
+FILLED = PM_PRESENT | PM_SWAP
+"""Set for a page, or for what UFFDIO_POISON leaves in its place."""
+
+
+def _filled(pagemap: FileIO, address: int) -> bool:
+    raw = os.pread(pagemap.fileno(), 8, address // PAGE_SIZE * 8)  # empty when the process has come to its end
+    return not raw or bool(int.from_bytes(raw, sys.byteorder) & FILLED)
 
 
 def killed_request(
@@ -60,10 +71,8 @@ def killed_request(
 
         with Child(caller) as child:
             path = f"/proc/{child.pid}/pagemap" if prepare else "/proc/self/pagemap"
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            at = where.start // PAGE_SIZE * 8
-            eventually(lambda: child.ended or any(os.pread(fd, 8, at)), "the first page to be there")
-            os.close(fd)
+            with open(path, "rb", buffering=0) as pagemap:
+                eventually(lambda: child.ended or _filled(pagemap, where.start), "the first page to be there")
             child.kill()
         (output,) = struct.unpack("=q", peek(shared.start + ctypes.sizeof(arg) - 8, 8))
         return int(output)
@@ -73,7 +82,7 @@ def expect_killed(uffd: Uffd, request: int, arg: ctypes.Structure, where: Range,
     """Assert that SIGKILL ends a request between two pages, and that its output field counts those that are done."""
     for _ in range(TRIES):
         output = killed_request(uffd, request, arg, where)
-        there = [bool(entry) for entry in Pagemap.entries(where)[:: unit // PAGE_SIZE]]
+        there = [bool(entry & FILLED) for entry in Pagemap.entries(where)[:: unit // PAGE_SIZE]]
         done = output // unit
         expect(output % unit, 0, "output field, modulo the page size")
         expect(there.count(True), done, f"pages that are there when the output is {output}")
