@@ -106,6 +106,7 @@ def test_copy_no_memory(ctx: Context) -> None:
 
     def prepare() -> list[Request]:
         ctx.src.fill()
+        ctx.dst.release()
         poke(ctx.dst.page(1).start, b"x")
         uffd = Uffd.open()
         uffd.register(ctx.dst.range, MISSING)
@@ -163,6 +164,7 @@ def test_fills_no_table_huge(ctx: Context) -> None:
     assert fd is not None
 
     def prepare() -> list[Request]:
+        ctx.dst.release()
         poke(ctx.dst.start, b"x")
         uffd = Uffd.open(MINOR_FAULTS)
         wilderness = Wilderness(3)
