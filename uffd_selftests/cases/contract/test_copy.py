@@ -224,6 +224,9 @@ def test_copy_bad_range(ctx: Context) -> None:
         for what, bad in {**bad_ranges(page), "dst leaves user space": Range(page.start, 1 << 62)}.items():
             with promise("CP-02 CP-06", what), refuses(EINVAL, output=UNTOUCHED):
                 ctx.uffd.copy(bad.start, ctx.src.start, bad.len)
+        end = user_space_end() or 1 << 63
+        with promise("CP-02 CP-06", "dst reaches beyond user space"), refuses(EINVAL, output=UNTOUCHED):
+            ctx.uffd.copy(end - 2 * page.len, ctx.src.start, 4 * page.len)
         ctx.uffd.expect_still_asleep(1)
         Pagemap.expect_present(ctx.dst)
         copy(ctx, 0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from errno import EAGAIN
 
 from uffd_selftests import syscalls, uapi
@@ -55,7 +55,8 @@ def big_mapping(uffd: Uffd) -> Iterator[tuple[Range, int]]:
         mapped(length, flags=MAP_PRIVATE | MAP_ANONYMOUS) as big,
         mapped(space, prot=PROT_NONE, flags=MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE) as room,
     ):
-        advise(big, Advice.NOHUGEPAGE)
+        with suppress(OSError):  # without transparent huge pages
+            advise(big, Advice.NOHUGEPAGE)
         touch(big, PAGE_SIZE, write=True)
         uffd.register(big, MISSING)
         offset = (big.start - room.start + PAGE_SIZE) % pmd_size()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from errno import EAGAIN, EBUSY, EEXIST, EFAULT, EINVAL, ENOENT
 from functools import partial
 from pathlib import Path
@@ -323,6 +323,12 @@ def test_move_nowhere(ctx: Context) -> None:
             ctx.uffd.move(ctx.dst.start, hole.start, PAGE_SIZE)
         with promise("MV-28", "no page tables, ALLOW_SRC_HOLES"):
             ctx.uffd.move(ctx.dst.start, hole.start, PAGE_SIZE, HOLES)
+        with suppress(OSError):  # without transparent huge pages
+            advise(place, Advice.NOHUGEPAGE)
+        other = hole.start + pmd_size()
+        poke(other + pmd_size(), b"x")
+        with promise("MV-28", "only the page table is missing"), refuses(ENOENT):
+            ctx.uffd.move(ctx.dst.start, other, PAGE_SIZE)
         Pagemap.expect_present(ctx.dst)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 from uffd_selftests import uapi
 from uffd_selftests.case import Kind, uffd_case
@@ -29,8 +30,10 @@ from uffd_selftests.memory import (
     PROT_NONE,
     PROT_READ,
     PROT_WRITE,
+    Advice,
     KernelError,
     Range,
+    advise,
     checked,
     map_memory,
     poke,
@@ -49,28 +52,31 @@ MOST_HANDLES = 500
 
 
 class Wilderness:
-    """Address space without page tables: each place that it gives is alone under its middle directory."""
+    """Address space without page tables, in which each place that it gives is far from all others."""
 
     def __init__(self, places: int) -> None:
-        length = (places + 1) * DIRECTORY
+        length = (2 * places + 1) * DIRECTORY
         try:
             start = map_memory(length, prot=PROT_NONE, flags=MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE)
         except KernelError as error:
-            raise Skip(f"{places + 1} times {DIRECTORY >> 20} MiB of address space: {error}") from None
+            raise Skip(f"{length >> 20} MiB of address space: {error}") from None
         self._next = start + -start % DIRECTORY
 
-    def place(self, fd: int = -1, *, length: int = PAGE_SIZE, touched: bool = False) -> Range:
-        """Return a place without a middle directory or, if its neighbour is ``touched``, without a page table.
+    def place(self, fd: int = -1, *, length: int = PAGE_SIZE, directory: bool = False) -> Range:
+        """Return a place without a page table or, unless there is to be one, even without a middle directory.
 
-        It is anonymous memory, or the start of a file.
+        It is the end of an anonymous mapping that is in use at its start, or the start of a file.
         """
-        start, self._next = self._next, self._next + DIRECTORY
-        if touched:
-            map_memory(PAGE_SIZE, at=start, flags=MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED)
-            poke(start, b"x")
-            start += pmd_size()
-        flags = MAP_FIXED | (MAP_SHARED if fd >= 0 else MAP_PRIVATE | MAP_ANONYMOUS)
-        return Range(map_memory(length, at=start, flags=flags, fd=fd), length)
+        start, self._next = self._next, self._next + 2 * DIRECTORY
+        there = start + (pmd_size() if directory else DIRECTORY)
+        used = PAGE_SIZE if fd >= 0 else there + length - start
+        map_memory(used, at=start, flags=MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED)
+        with suppress(OSError):  # without transparent huge pages
+            advise(Range(start, used), Advice.NOHUGEPAGE)
+        poke(start, b"x")
+        if fd >= 0:
+            map_memory(length, at=there, flags=MAP_SHARED | MAP_FIXED, fd=fd)
+        return Range(there, length)
 
 
 def copy(uffd: Uffd, where: Range, src: int, what: str) -> Request:
@@ -132,10 +138,12 @@ def test_fills_no_table(ctx: Context) -> None:
         wilderness = Wilderness(8)
         fd = os.memfd_create("cached")
         os.write(fd, bytes(PAGE_SIZE))
-        requests = []
-        for what, touched in TABLES.items():
-            one, two, three = (wilderness.place(touched=touched) for _ in range(3))
-            cached = wilderness.place(fd, touched=touched)
+        fresh = map_memory(PAGE_SIZE, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+        uffd.register(Range(fresh, PAGE_SIZE), MISSING)
+        requests = [zeropage(uffd, Range(fresh, PAGE_SIZE), "in a mapping that was never used")]
+        for what, directory in TABLES.items():
+            one, two, three = (wilderness.place(directory=directory) for _ in range(3))
+            cached = wilderness.place(fd, directory=directory)
             for where in one, two, three:
                 uffd.register(where, MISSING)
             uffd.register(cached, MINOR)
@@ -200,8 +208,8 @@ def test_move_no_table(ctx: Context) -> None:
         uffd.register(ctx.dst.range, MISSING)
         wilderness = Wilderness(4)
         requests = []
-        for page, (what, touched) in enumerate(TABLES.items()):
-            dst, src = (wilderness.place(touched=touched) for _ in range(2))
+        for page, (what, directory) in enumerate(TABLES.items()):
+            dst, src = (wilderness.place(directory=directory) for _ in range(2))
             uffd.register(dst, MISSING)
             move = uapi.uffdio_move(dst.start, ctx.src.page(page).start, PAGE_SIZE, 0, UNTOUCHED)
             requests.append(Request(f"UFFDIO_MOVE to {what}", uffd, uapi.UFFDIO_MOVE, move))
@@ -231,8 +239,8 @@ def test_writeprotect_no_table(ctx: Context) -> None:
         uffd = Uffd.open(Feature.MINOR_SHMEM | Feature.WP_HUGETLBFS_SHMEM)
         wilderness = Wilderness(2)
         requests = []
-        for what, touched in TABLES.items():
-            where = wilderness.place(fd, touched=touched)
+        for what, directory in TABLES.items():
+            where = wilderness.place(fd, directory=directory)
             uffd.register(where, WP)
             arg = uapi.uffdio_writeprotect(uapi.uffdio_range(where.start, where.len), uapi.WriteprotectMode.WP)
             requests.append(Request(f"UFFDIO_WRITEPROTECT {what}", uffd, uapi.UFFDIO_WRITEPROTECT, arg))
