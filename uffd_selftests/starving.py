@@ -16,9 +16,12 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from uffd_selftests.common import DEADLINE, MINOR, MINOR_FAULTS, UNTOUCHED, Skip, Uffd, expect
+from uffd_selftests import uapi
+from uffd_selftests.common import DEADLINE, MINOR, MINOR_FAULTS, MISSING, UNTOUCHED, Skip, Uffd, expect
 from uffd_selftests.machine import MemoryGroup
 from uffd_selftests.memory import (
+    MAP_ANONYMOUS,
+    MAP_PRIVATE,
     MAP_SHARED,
     PAGE_SIZE,
     Advice,
@@ -26,6 +29,7 @@ from uffd_selftests.memory import (
     Range,
     advise,
     errno_name,
+    map_memory,
     mapped,
     peek,
     poke,
@@ -35,6 +39,8 @@ from uffd_selftests.processes import Channel, Child
 from uffd_selftests.uapi import PagefaultFlag
 
 UNKILLABLE = "-1000"
+GREED = 512
+"""Pages: more than a processor charges beforehand (MEMCG_CHARGE_BATCH)."""
 TRIES = 5
 DONE = RELIEVED = b"!"
 """Written into the last byte of the argument's page by the child, and into the one before by its parent."""
@@ -89,7 +95,7 @@ def starved(prepare: Callable[[], list[Request]], spared: Range) -> list[Refusal
             if reason:
                 raise Skip(reason)
             holder = stack.enter_context(Uffd(fds[0]))
-            return [_starve(child, group, holder, view, letter) for _ in range(number)]
+            return [_starve(child, group, holder, view, letter) for _ in range(number)][1:]
         except AssertionError:
             child.wait()  # if it failed, it says why
             raise
@@ -131,7 +137,7 @@ def _live(
         if group.kills:
             Path("/proc/self/oom_score_adj").write_text(UNKILLABLE)
         _own_memory(spared)
-        requests = prepare()
+        requests = [_greedy(), *prepare()]
         holder = Uffd.open(MINOR_FAULTS, KERNEL_FAULTS)
     except Skip as skip:
         channel.send((0, str(skip)))
@@ -157,6 +163,19 @@ def _live(
         poke(letter.end - 2, bytes(2))
         later = outcome if outcome == "success" else _outcome(request, ctypes.addressof(request.arg))
         channel.send((outcome, later))
+
+
+def _greedy() -> Request:
+    """Return a request that takes all the memory that a processor has in hand, whatever becomes of it.
+
+    What was freed while the others were prepared comes back late, charged still, and would serve the first of them.
+    """
+    where = Range(map_memory(GREED * PAGE_SIZE, flags=MAP_PRIVATE | MAP_ANONYMOUS), GREED * PAGE_SIZE)
+    source = Range(map_memory(where.len, flags=MAP_PRIVATE | MAP_ANONYMOUS), where.len)
+    touch(source, PAGE_SIZE)
+    uffd = Uffd.open()
+    uffd.register(where, MISSING)
+    return Request("", uffd, uapi.UFFDIO_COPY, uapi.uffdio_copy(where.start, source.start, where.len, 0, UNTOUCHED))
 
 
 def _own_memory(spared: Range) -> None:

@@ -62,20 +62,23 @@ class Wilderness:
             raise Skip(f"{length >> 20} MiB of address space: {error}") from None
         self._next = start + -start % DIRECTORY
 
-    def place(self, fd: int = -1, *, length: int = PAGE_SIZE, directory: bool = False) -> Range:
+    def place(self, fd: int = -1, *, length: int = PAGE_SIZE, directory: bool = False, used: bool = True) -> Range:
         """Return a place without a page table or, unless there is to be one, even without a middle directory.
 
-        It is the end of an anonymous mapping that is in use at its start, or the start of a file.
+        It is the end of an anonymous mapping that is in use at its start, if ``used``, or the start of a file.
         """
         start, self._next = self._next, self._next + 2 * DIRECTORY
         there = start + (pmd_size() if directory else DIRECTORY)
-        used = PAGE_SIZE if fd >= 0 else there + length - start
-        map_memory(used, at=start, flags=MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED)
+        flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED
+        around = Range(start, there + length - start)
+        map_memory(around.len, at=start, flags=flags)
         with suppress(OSError):  # without transparent huge pages
-            advise(Range(start, used), Advice.NOHUGEPAGE)
+            advise(around, Advice.NOHUGEPAGE)
         poke(start, b"x")
         if fd >= 0:
             map_memory(length, at=there, flags=MAP_SHARED | MAP_FIXED, fd=fd)
+        elif not used:
+            map_memory(length, at=there, flags=flags)
         return Range(there, length)
 
 
@@ -135,12 +138,12 @@ def test_fills_no_table(ctx: Context) -> None:
     def prepare() -> list[Request]:
         ctx.src.fill()
         uffd = Uffd.open(Feature.MINOR_SHMEM)
-        wilderness = Wilderness(8)
+        wilderness = Wilderness(9)
         fd = os.memfd_create("cached")
         os.write(fd, bytes(PAGE_SIZE))
-        fresh = map_memory(PAGE_SIZE, flags=MAP_PRIVATE | MAP_ANONYMOUS)
-        uffd.register(Range(fresh, PAGE_SIZE), MISSING)
-        requests = [zeropage(uffd, Range(fresh, PAGE_SIZE), "in a mapping that was never used")]
+        fresh = wilderness.place(used=False)
+        uffd.register(fresh, MISSING)
+        requests = [zeropage(uffd, fresh, "in a mapping that was never used")]
         for what, directory in TABLES.items():
             one, two, three = (wilderness.place(directory=directory) for _ in range(3))
             cached = wilderness.place(fd, directory=directory)
