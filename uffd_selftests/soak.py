@@ -203,6 +203,7 @@ class Soak:
         isolated = ["-I"] if sys.flags.isolated else []
         workers = self._args.workers if self._args.workers != "0" else str(WORKERS)
         words = [sys.executable, *isolated, "-m", "uffd_selftests", "-n", workers, "-o", str(folder)]
+        words += ["--data-only", *(f"--case-file={path}" for path in self._args.case_file)]
         words += ["--kmsg"] if self._args.kmsg else []
         words += [f"--stress-seed={number}", *suite_arguments(self._args, self._passed, PRESSURE_SCALE)]
         call = self._group.command(*words)
@@ -310,6 +311,8 @@ class Soak:
         (self._folder / "results.json").write_text(json.dumps(document, indent=2) + "\n", "utf-8", "surrogateescape")
         for name in ("environment.json", "dmesg.txt"):
             shutil.copy(self._folder / "round-1" / name, self._folder / name)
+        if self._args.data_only:
+            return
         try:
             run = model.load(self._folder)
             (self._folder / "junit.xml").write_bytes(junit.document([run]))
