@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING
 import pytest
 
 from uffd_selftests import machine
-from uffd_selftests.machine import HugepagePool, Sysctl, hugepage_sizes, hugepages, lack_of_hugepages, repair
+from uffd_selftests.machine import (
+    HugepagePool,
+    MemoryGroup,
+    Swap,
+    Sysctl,
+    hugepage_sizes,
+    hugepages,
+    lack_of_hugepages,
+    repair,
+    swap_files,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -606,3 +616,72 @@ def test_real_pool_without_privilege() -> None:
     before = hugepages(size).persistent
     assert Child(run).end() == 0
     assert hugepages(size).persistent == before
+
+
+# ---- swap and cgroups, for real -------------------------------------------------------------------------------------
+
+
+@needs_root
+@pytest.mark.usefixtures("journal")
+@pytest.mark.parametrize("step", ["hot_add", "mkswap", "swapon", "held"])
+def test_killed_run_leaves_no_swap(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """At whatever step a run is killed that makes swap, the next one takes the disk away."""
+    if swap_files() or not machine.ZRAM.exists():
+        pytest.skip("needs a machine without swap, and zram")
+    disks = machine._disks()
+
+    def die(*command: str) -> None:
+        if command[0] == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        run(*command)
+
+    def hold(child: Child) -> None:
+        monkeypatch.setattr(machine, "_run", die)
+        if step == "hot_add":
+            monkeypatch.setattr(machine._Journal, "update", update)
+        with Swap(1 << 20):
+            child.hold()
+
+    def update(journal: machine._Journal, entry: machine._Entry, record: machine._SwapRecord) -> None:
+        if record.disk is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(journal, entry, record)
+
+    run, write = machine._run, machine._Journal.update
+    child = Child(hold)
+    if step == "held":
+        child.wait_until_it_holds()
+        assert swap_files()
+    assert child.end(signal.SIGKILL if step == "held" else None) == -signal.SIGKILL
+    assert machine._disks() != disks
+    assert len(repair()) == 1
+    assert (machine._disks(), swap_files()) == (disks, [])
+
+
+@needs_root
+@pytest.mark.usefixtures("journal")
+def test_killed_run_leaves_no_group() -> None:
+    """The next run kills what is in the cgroup of a run that was killed, and in those below it, and removes them."""
+    paths = []
+
+    def hold(child: Child) -> None:
+        with MemoryGroup() as group:
+            (group.path / "below").mkdir()
+            os.spawnvp(os.P_NOWAIT, "/bin/sh", group.command("sleep", "1000"))
+            while len(group.processes()) != 1:
+                pass
+            (group.path / "below/cgroup.procs").write_text(str(group.processes()[0]))
+            child.hold()
+
+    try:
+        with MemoryGroup() as group:
+            paths.append(group.path.parent)
+    except OSError as error:
+        pytest.skip(str(error))
+    child = Child(hold)
+    child.wait_until_it_holds()
+    path = paths[0] / f"uffd-selftests-{child.pid}"
+    assert len(machine._members(path)) == 1
+    child.end(signal.SIGKILL)
+    assert repair() == [f"removed the cgroup {path} left by an interrupted run"]
+    assert not path.exists()

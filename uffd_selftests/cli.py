@@ -19,7 +19,7 @@ import pytest
 
 from uffd_selftests import __version__
 from uffd_selftests.harness.reporter import FILES, KMSG
-from uffd_selftests.harness.settings import MAY_HANG_KERNEL, OPTIONS, STRESS_LOG, check_keyword
+from uffd_selftests.harness.settings import MAY_HANG_KERNEL, OPTIONS, STRESS_LOG, check_keyword, duration
 from uffd_selftests.program import EXIT_FAILED, EXIT_NOTHING, EXIT_OK, EXIT_USAGE, PROGRAM, Parser
 from uffd_selftests.vm.options import add_options, machine_options
 
@@ -64,6 +64,8 @@ def parser() -> Parser:
         add(each.flag, metavar=each.metavar, help=f"{each.help} [{each.variable}]")
     add(MAY_HANG_KERNEL.flag, action="store_true", help=f"{MAY_HANG_KERNEL.help} [{MAY_HANG_KERNEL.variable}]")
     add("--no-isolation", action="store_true", help="run cases in one process, for a debugger")
+    add("--soak", metavar="TIME", type=_duration,
+        help="repeat all for TIME in two workers, with short memory: what differs or is left behind fails")  # fmt: skip
     add("--kmsg", action="store_true", help="note in the kernel log which case begins (boot with printk.devkmsg=on)")
     add_options(result)
     # For --kernel, which does here what it can spare the guest:
@@ -81,6 +83,13 @@ def _workers(text: str) -> str:
     if text == "auto" or text.isdecimal():
         return text
     raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto")
+
+
+def _duration(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if seconds := duration(text):
+            return seconds
+    raise argparse.ArgumentTypeError(f"{text!r} is not a duration like 90s, 10m or 1h30m")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -119,6 +128,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from uffd_selftests.vm import session  # noqa: PLC0415  # most runs do without
 
         return session.main(args, passed)
+    if args.soak and not args.list:
+        from uffd_selftests import soak  # noqa: PLC0415  # most runs do without
+
+        return soak.main(args, passed)
     return _probe(args) if args.probe else _run(args, passed)
 
 
@@ -135,7 +148,7 @@ def _check_probe(args: argparse.Namespace, passed: list[str]) -> None:
     if args.json and not args.probe:
         raise ValueError("--json needs --probe")
     chosen = [args.list, args.filter, args.keyword, args.workers != "0", args.output, args.require]
-    if args.probe and any([*chosen, args.kernel, args.kmsg, passed]):
+    if args.probe and any([*chosen, args.kernel, args.kmsg, args.soak, passed]):
         raise ValueError("--probe runs nothing: it takes --json, --deadline-scale and --area-mib only")
 
 

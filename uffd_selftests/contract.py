@@ -41,6 +41,7 @@ GROUPS = {
     "EV": "Events of processes that do not cooperate",
     "PR": "Processes, descriptors passed on, other users in the kernel",
     "TH": "Transparent huge pages",
+    "NM": "Memory that runs out",
     "HI": "History",
     "DM": "The manual page's program",
 }

@@ -24,7 +24,7 @@ from uffd_selftests.common import (
     expect,
 )
 from uffd_selftests.mem_types import ANON
-from uffd_selftests.memory import AccessError, KernelError, Range, expect_same, peek
+from uffd_selftests.memory import AccessError, KernelError, Range, errno_name, expect_same, peek
 from uffd_selftests.processes import Child, ChildError, Waiter, faulting
 from uffd_selftests.uapi import Feature, RegisterMode
 
@@ -104,11 +104,11 @@ def recorder(ctx: Context, uffd: Uffd) -> FaultHandler:
 
 
 def outcome(call: Callable[[], object]) -> object:
-    """Make a call and return what it returned, or -errno where it failed."""
+    """Make a call and return what it returned, or the name of the errno where it failed."""
     try:
         return call()
     except KernelError as error:
-        return -(error.errno or 0)
+        return errno_name(error.errno or 0)
 
 
 def expect_killed(uffd: Uffd, child: Child, number: signal.Signals) -> None:

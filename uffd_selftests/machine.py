@@ -14,20 +14,36 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import stat
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, get_args
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["HugepageCounts", "HugepagePool", "Sysctl", "hugepage_sizes", "hugepages", "lack_of_hugepages", "repair"]
+__all__ = [
+    "HugepageCounts",
+    "HugepagePool",
+    "MemoryGroup",
+    "Swap",
+    "Sysctl",
+    "hugepage_sizes",
+    "hugepages",
+    "lack_of_hugepages",
+    "others",
+    "repair",
+]
 
 HUGEPAGES = Path("/sys/kernel/mm/hugepages")
 COMPACT_MEMORY = Path("/proc/sys/vm/compact_memory")
+ZRAM = Path("/sys/class/zram-control")
+BLOCK = Path("/sys/block")
+SWAPS = Path("/proc/swaps")
 
 JOURNAL_PARENTS = ("/run", "/dev/shm", "/tmp")
 """The journal's directory is made in the first of these that exists."""
@@ -35,6 +51,12 @@ JOURNAL_NAME = "uffd-selftests"
 RECORD = ".json"
 DRAFT = ".new"
 TURN = ".turn"
+
+GROUP = "uffd-selftests-{}"
+"""Name of a cgroup, with the process that made it."""
+EXHAUST_TRIES = 20
+KILL_SECONDS = 30.0
+"""How long the processes of a cgroup may take to die."""
 
 
 # ---- huge pages ----------------------------------------------------------------------------------------------------
@@ -216,6 +238,219 @@ def _setting(path: Path) -> str:
     return text.partition("[")[2].partition("]")[0] or " ".join(text.split())
 
 
+# ---- swap ----------------------------------------------------------------------------------------------------------
+
+
+class Swap:
+    """Swap for as long as the context lasts: on a compressed RAM disk of ``size`` bytes where the machine has none.
+
+    Raises OSError when there is none to be had: ENOENT without zram in the kernel, EACCES or EPERM without privilege.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._entry: _Entry | None = None
+
+    def __enter__(self) -> Swap:
+        if swap_files():
+            return self
+        try:
+            with _Journal.open() as journal:
+                _say(journal.repair())
+                self._entry = journal.add(_SwapRecord(self.size, _disks(), module=not ZRAM.exists()))
+                self._make(journal, self._entry)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._entry:
+            _undo(self._entry)
+
+    def _make(self, journal: _Journal, entry: _Entry) -> None:
+        if not ZRAM.exists():
+            with contextlib.suppress(OSError):
+                _run("modprobe", "zram", "num_devices=0")
+        number = int((ZRAM / "hot_add").read_text())
+        assert isinstance(entry.record, _SwapRecord)
+        journal.update(entry, dataclasses.replace(entry.record, disk=number))
+        (BLOCK / f"zram{number}/disksize").write_text(str(self.size))
+        _run("mkswap", f"/dev/zram{number}")
+        _run("swapon", f"/dev/zram{number}")
+
+
+def swap_files() -> list[str]:
+    """Return the files and devices that the machine swaps to."""
+    return [line.split()[0] for line in SWAPS.read_text().splitlines()[1:]]
+
+
+def _disks() -> list[int]:
+    """Return the numbers of all compressed RAM disks."""
+    return sorted(int(path.name.removeprefix("zram")) for path in BLOCK.glob("zram[0-9]*"))
+
+
+def _disk_size(number: int) -> int:
+    return int((BLOCK / f"zram{number}/disksize").read_text())
+
+
+# ---- a memory cgroup -----------------------------------------------------------------------------------------------
+
+
+class MemoryGroup:
+    """A memory cgroup for as long as the context lasts, of version 2 or 1, whichever has the memory on this machine.
+
+    At its end all processes in it are killed. Raises OSError when it cannot be had.
+    """
+
+    FILES: ClassVar = {
+        2: {"limit": "memory.max", "peak": "memory.peak"},
+        1: {"limit": "memory.limit_in_bytes", "peak": "memory.max_usage_in_bytes"},
+    }
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.path = Path()
+        self._entry: _Entry | None = None
+
+    def __enter__(self) -> MemoryGroup:
+        root, self.version = _memory_hierarchy()
+        self.path = root / GROUP.format(os.getpid())
+        control = root / "cgroup.subtree_control"
+        try:
+            with _Journal.open() as journal:
+                _say(journal.repair())
+                enable = self.version == 2 and "memory" not in control.read_text().split()
+                ours = enable or journal.controls(str(control))
+                self._entry = journal.add(_GroupRecord(str(self.path), str(control) if ours else ""))
+                if enable:
+                    control.write_text("+memory")
+                self.path.mkdir()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._entry:
+            _undo(self._entry)
+
+    def command(self, *words: str) -> list[str]:
+        """Return a command that runs another one in the group."""
+        return ["/bin/sh", "-c", 'echo 0 >"$0" && exec "$@"', str(self.path / "cgroup.procs"), *words]
+
+    def processes(self) -> list[int]:
+        """Return the processes in the group, and in those that were made below it."""
+        return _members(self.path)
+
+    def limit(self, size: int) -> None:
+        """Let the processes have so many bytes of memory; what they have beyond them goes to swap."""
+        (self.path / self.FILES[self.version]["limit"]).write_text(str(size))
+
+    @property
+    def kills(self) -> bool:
+        """Whether a process is killed when nothing more can be charged (oom_score_adj says which)."""
+        return self.version == 2
+
+    def join(self) -> None:
+        """Move this process into the group, for good."""
+        (self.path / "cgroup.procs").write_text("0")
+
+    def exhaust(self) -> None:
+        """Let nothing more be charged to the group: whatever needs it fails with ENOMEM, in its own processes."""
+        if self.version == 2:
+            with contextlib.suppress(FileNotFoundError):  # without CONFIG_SWAP
+                (self.path / "memory.swap.max").write_text("0")
+            for _ in range(2):  # what the first time frees, the processors keep charged
+                self.limit(0)
+        else:
+            self._exhaust_old()
+
+    def _exhaust_old(self) -> None:
+        (self.path / "memory.oom_control").write_text("1")
+        (self.path / "memory.swappiness").write_text("0")
+        for _ in range(2):  # as above
+            with contextlib.suppress(OSError):  # EBUSY
+                self.limit(0)
+        for _ in range(EXHAUST_TRIES):
+            with contextlib.suppress(OSError):  # EBUSY: there was more meanwhile
+                self.limit(_number(self.path / "memory.usage_in_bytes"))
+                return
+        raise OSError(errno.EBUSY, "the cgroup's memory grows on")
+
+    def relieve(self) -> None:
+        """End that, and all limits."""
+        if self.version == 2:
+            (self.path / "memory.max").write_text("max")
+        else:
+            self.limit(-1)
+
+    def peak(self) -> int:
+        """Return the most bytes that the group ever had; 0 where the kernel does not say (before Linux 5.19)."""
+        return _number(self.path / self.FILES[self.version]["peak"])
+
+    def statistics(self) -> dict[str, int]:
+        """Return what happened in the group, and the bytes that it has now.
+
+        ``pgfault``, ``pgmajfault`` and ``oom_kill`` are counted from its making on; ``used`` is what processes have in
+        memory and swap, ``kernel`` what the kernel has for them.
+        """
+        stat = _numbers(self.path / "memory.stat")
+        if self.version == 1:
+            used = stat["total_rss"] + stat["total_shmem"] + stat.get("total_swap", 0)
+            kernel = _number(self.path / "memory.kmem.usage_in_bytes")
+            kills = _numbers(self.path / "memory.oom_control")
+        else:
+            used = stat["anon"] + stat["shmem"] + _number(self.path / "memory.swap.current")
+            kernel = stat.get("kernel", 0) - stat.get("slab_reclaimable", 0)  # Linux 5.18
+            kills = _numbers(self.path / "memory.events")
+        total = "total_" if self.version == 1 else ""
+        faults = {name: stat[total + name] for name in ("pgfault", "pgmajfault")}
+        return {**faults, "oom_kill": kills.get("oom_kill", 0), "used": used, "kernel": kernel}
+
+
+def _memory_hierarchy() -> tuple[Path, int]:
+    """Return where the cgroups with control of memory are mounted, and their version; raises OSError."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields, _, rest = line.partition(" - ")
+        place, (kind, _, options) = Path(fields.split()[4]), rest.split()
+        if kind == "cgroup" and "memory" in options.split(","):
+            return place, 1
+        with contextlib.suppress(OSError):
+            if kind == "cgroup2" and "memory" in (place / "cgroup.controllers").read_text().split():
+                return place, 2
+    raise OSError(errno.ENOENT, "no memory cgroup: CONFIG_MEMCG, and mount -t cgroup2 none /sys/fs/cgroup")
+
+
+def _number(path: Path) -> int:
+    """Read a number; 0 from a file that this kernel lacks."""
+    try:
+        return int(path.read_text())
+    except FileNotFoundError:
+        return 0
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """Read lines of a name and a number."""
+    return {name: int(number) for name, number in (line.split() for line in path.read_text().splitlines())}
+
+
+def _members(group: Path) -> list[int]:
+    return [int(pid) for procs in group.rglob("cgroup.procs") for pid in procs.read_text().split()]
+
+
+def _run(*command: str) -> None:
+    """Run a program of the system's administrator; raises OSError, with what it complained about."""
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+    try:
+        subprocess.run(
+            command, env={**os.environ, "PATH": path},
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True,
+        )  # fmt: skip
+    except subprocess.CalledProcessError as error:
+        raise OSError(errno.EIO, f"{' '.join(command)}: {error.stderr.strip()}") from None
+
+
 # ---- the journal ---------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +466,15 @@ def repair() -> list[str]:
         return []
     _say(notices)
     return notices
+
+
+def others() -> bool:
+    """Whether another run that is alive has something changed on this machine now."""
+    try:
+        with _Journal.open(create=False) as journal:
+            return journal.others()
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -284,7 +528,76 @@ class _SettingRecord:
         return f"restored {self.path} to {self.old}"
 
 
-_Record = _PoolRecord | _SettingRecord
+@dataclass(frozen=True)
+class _SwapRecord:
+    """A compressed RAM disk to swap to, of a size; without a number it is not there yet, or has no size."""
+
+    kind: ClassVar[str] = "swap"
+    size: int
+    before: list[int]
+    """The disks that were there already."""
+    disk: int | None = None
+    module: bool = False
+    """The kernel's module was not loaded."""
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(number, int) for number in (self.size, *self.before, self.disk or 0)):
+            raise TypeError
+
+    def undo(self, _journal: _Journal, _entry: _Entry) -> str | None:
+        """Take the disk away unless someone has made another of it; says what was done."""
+        disks = _disks() if self.disk is None else [self.disk]
+        ours = [number for number in disks if number not in self.before and _disk_size(number) in (0, self.size)]
+        for number in ours:
+            device = f"/dev/zram{number}"
+            if device in swap_files():
+                _run("swapoff", device)
+            (ZRAM / "hot_remove").write_text(str(number))
+        if self.module:
+            with contextlib.suppress(OSError):
+                _run("modprobe", "-r", "zram")
+        return f"removed {', '.join(f'zram{number}' for number in ours)}" if ours else None
+
+
+@dataclass(frozen=True)
+class _GroupRecord:
+    """A memory cgroup, and where memory was put under control for it, if anywhere."""
+
+    kind: ClassVar[str] = "cgroup"
+    path: str
+    control: str = ""
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(text, str) for text in (self.path, self.control)):
+            raise TypeError
+
+    def undo(self, _journal: _Journal, _entry: _Entry) -> str | None:
+        """Kill what is in the group and remove it; says what was done."""
+        group = Path(self.path)
+        there = group.is_dir()
+        if there:
+            _clear(group)
+        if self.control and not any(group.parent.glob(GROUP.format("*"))):
+            with contextlib.suppress(OSError):  # somebody else uses it by now
+                Path(self.control).write_text("-memory")
+        return f"removed the cgroup {group}" if there else None
+
+
+def _clear(group: Path) -> None:
+    """Kill the processes of a cgroup and remove it; raises OSError when one of them cannot be killed."""
+    until = time.monotonic() + KILL_SECONDS
+    while members := _members(group):
+        if time.monotonic() > until:
+            raise OSError(errno.EBUSY, f"cannot kill {members}")
+        for pid in members:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    for folder in sorted((path.parent for path in group.rglob("cgroup.procs")), reverse=True):
+        folder.rmdir()
+
+
+_Record = _PoolRecord | _SettingRecord | _SwapRecord | _GroupRecord
 
 
 @dataclass
@@ -363,14 +676,31 @@ class _Journal:
         _own.pop(entry.name, None)
         os.close(entry.fd)
 
-    def claimed(self, size: int) -> int:
-        """Return how many huge pages of size bytes the running pools want."""
-        records = [entry.record for entry in _own.values()]
+    def controls(self, path: str) -> bool:
+        """Whether memory was put under control in this file for the cgroup of a running process."""
+        records = [entry.record for entry in _own.values()] + self._others_records()
+        return any(isinstance(record, _GroupRecord) and record.control == path for record in records)
+
+    def _others_records(self) -> list[_Record | None]:
+        records = []
         for name in self._names():
             fd = self.open_file(name)
             records.append(_parse(fd))
             os.close(fd)
+        return records
+
+    def claimed(self, size: int) -> int:
+        """Return how many huge pages of size bytes the running pools want."""
+        records = [entry.record for entry in _own.values()] + self._others_records()
         return sum(record.wanted for record in records if isinstance(record, _PoolRecord) and record.size == size)
+
+    def others(self) -> bool:
+        """Whether another process that is alive has entries."""
+        fds = [self.open_file(name) for name in self._names()]
+        locked = [fd for fd in fds if not _lock(fd)]
+        for fd in fds:
+            os.close(fd)
+        return bool(locked)
 
     def repair(self) -> list[str]:
         """Undo and forget the entries of dead processes; returns a line for whatever was done."""
@@ -416,7 +746,7 @@ def _parse(fd: int) -> _Record | None:
     """Read a record; None when it says nothing, or was written before the machine was booted, which undid it all."""
     try:
         values = json.loads(os.pread(fd, 65536, 0))
-        kind = {cls.kind: cls for cls in (_PoolRecord, _SettingRecord)}[values.pop("kind")]
+        kind = {cls.kind: cls for cls in get_args(_Record)}[values.pop("kind")]
         return kind(**values) if values.pop("boot") == _boot_id() else None
     except (AttributeError, KeyError, TypeError, ValueError):
         return None

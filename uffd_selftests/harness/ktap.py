@@ -71,6 +71,10 @@ class Writer:
         self._number += 1
         self._write(*diagnostic_lines(result.diagnostics), result_line(self._number, result))
 
+    def remark(self, *lines: str) -> None:
+        """Write diagnostics that belong to no result."""
+        self._write(*diagnostic_lines(lines))
+
     def bail_out(self, why: str) -> None:
         """Say that no more results will come."""
         self._write(f"Bail out! {escape(why)}")

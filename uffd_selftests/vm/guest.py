@@ -18,6 +18,7 @@ from uffd_selftests.machine import HUGEPAGES, hugepage_sizes
 from uffd_selftests.mem_types import default_hugepage_size
 
 DEBUGFS = Path("/sys/kernel/debug")
+CGROUPS = Path("/sys/fs/cgroup")
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 SWAP_BYTES = 512 << 20
 POOL_BYTES = 32 << 20
@@ -27,9 +28,11 @@ DEVICE_SECONDS = 5.0
 
 
 def prepare() -> None:
-    """Mount debugfs, allow transparent huge pages where they are asked for, add huge pages and swap."""
+    """Mount debugfs and cgroups, allow transparent huge pages where they are asked for, add huge pages and swap."""
     if DEBUGFS.is_dir() and not DEBUGFS.is_mount():
         _run("mount", "-t", "debugfs", "none", str(DEBUGFS))
+    if CGROUPS.is_dir() and not CGROUPS.is_mount():
+        _run("mount", "-t", "cgroup2", "none", str(CGROUPS))
     with contextlib.suppress(OSError):
         if "[never]" in THP.read_text():
             THP.write_text("madvise")

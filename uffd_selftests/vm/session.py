@@ -269,6 +269,7 @@ class Session:
         say(f"{job.kernel.name}: booting, {'with KVM' if accelerator == vng.KVM else 'emulated'}")
         scale = self._scale(accelerator)
         arguments = ["--kmsg", "-o", vng.RESULTS, "--data-only"]
+        arguments += [f"--soak={self._args.soak}"] if self._args.soak else []
         passed = self._passed
         if all(_is_ours(argument) for argument in passed):  # the guest need not look elsewhere, nor talk to anybody
             passed = []

@@ -224,6 +224,9 @@ def test_copy_bad_range(ctx: Context) -> None:
         for what, bad in {**bad_ranges(page), "dst leaves user space": Range(page.start, 1 << 62)}.items():
             with promise("CP-02 CP-06", what), refuses(EINVAL, output=UNTOUCHED):
                 ctx.uffd.copy(bad.start, ctx.src.start, bad.len)
+        end = user_space_end() or 1 << 63
+        with promise("CP-02 CP-06", "dst reaches beyond user space"), refuses(EINVAL, output=UNTOUCHED):
+            ctx.uffd.copy(end - 2 * page.len, ctx.src.start, 4 * page.len)
         ctx.uffd.expect_still_asleep(1)
         Pagemap.expect_present(ctx.dst)
         copy(ctx, 0)
@@ -241,6 +244,9 @@ def test_copy_bad_source_range(ctx: Context) -> None:
     for what, source in ("beyond user space", 1 << 63), ("at its end", end), ("across its end", end - PAGE_SIZE + 1):
         with promise("CP-06", f"src {what}"), refuses(EINVAL, output=UNTOUCHED) if checked else refuses(EFAULT):
             ctx.uffd.copy(page.start, source, page.len)
+    if checked:
+        with promise("CP-06", "src reaches beyond its end"), refuses(EINVAL, output=UNTOUCHED):
+            ctx.uffd.copy(page.start, end - 2 * PAGE_SIZE, 4 * PAGE_SIZE)
     if end < 1 << 63:
         with promise("CP-06", "src ends with user space"), refuses(EFAULT):
             ctx.uffd.copy(page.start, end - PAGE_SIZE, page.len)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""UFFDIO_COPY overtaken: by its own source, by changes of the destination meanwhile, by readers, by SIGKILL.
+"""UFFDIO_COPY overtaken: by its own source, by changes of the destination meanwhile, by readers.
 
 A source page that is not in memory makes the kernel let go of the destination and look it up again afterwards. To
 stay there for as long as a case likes, the source is a missing page of another userfaultfd.
@@ -8,18 +8,15 @@ stay there for as long as a case likes, the source is a missing page of another 
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from errno import EAGAIN, EEXIST, EINVAL, ENOENT, ENOMEM
 from functools import partial
 
-from uffd_selftests import uapi
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
     DEADLINE,
     MISSING,
-    UNTOUCHED,
     WP,
     Context,
     Pagemap,
@@ -65,7 +62,7 @@ from uffd_selftests.memory import (
     protect,
     unmap,
 )
-from uffd_selftests.processes import Channel, Child, Waiter, faulting_pages
+from uffd_selftests.processes import Waiter, faulting_pages
 from uffd_selftests.syscalls import free_bytes, limited_file, stored_bytes
 from uffd_selftests.uapi import PM_PRESENT, CopyMode, Feature
 
@@ -442,53 +439,3 @@ def test_copy_twice_at_once(ctx: Context) -> None:
     for page, won in enumerate(winners):
         expect(len(won), 1, f"copies to page {page} that succeeded")
         expect_same(ctx.src.page(won[0]).start, ctx.dst.page(page).start, ctx.page_size, f"page {page}")
-
-
-# ---- SIGKILL -------------------------------------------------------------------------------------------------------
-
-
-def killed_copy(ctx: Context) -> tuple[int, list[bool]]:
-    """Have a child copy into the whole destination and kill it when the first page is there.
-
-    Returns the output field, and which pages are mapped.
-    """
-    arg = uapi.uffdio_copy(ctx.dst.start, ctx.src.start, ctx.dst.range.len, 0, UNTOUCHED)
-
-    with mapped(PAGE_SIZE, flags=MAP_SHARED | MAP_ANONYMOUS) as shared:
-        poke(shared.start, bytes(arg))
-
-        def copier(_: Channel) -> None:
-            ctx.uffd.raw_ioctl(uapi.UFFDIO_COPY, shared.start)
-
-        with Child(copier) as child:
-            eventually(lambda: bool(Pagemap.entry(ctx.dst.start) & PM_PRESENT), "the first page to be there")
-            child.kill()
-        (output,) = struct.unpack("=q", peek(shared.start + len(bytes(arg)) - 8, 8))
-    entries = Pagemap.entries(ctx.dst.range)[:: ctx.page_size // PAGE_SIZE]
-    return output, [bool(entry & PM_PRESENT) for entry in entries]
-
-
-def expect_killed_copy(ctx: Context) -> None:
-    """Assert that SIGKILL ends a copy between two pages, which the output field counts."""
-    for _ in range(20):
-        ctx.uffd.register(ctx.dst.range, MISSING)
-        output, present = killed_copy(ctx)
-        done = output // ctx.page_size
-        expect(present, [page < done for page in range(ctx.nr_pages)], f"pages mapped when the output is {output}")
-        if output < ctx.dst.range.len:
-            return
-        ctx.uffd.unregister(ctx.dst.range)
-        ctx.dst.release()
-    raise AssertionError("SIGKILL did not end any of 20 copies before its last page")
-
-
-@uffd_case("copy-killed", mem=(ANON,), pages=16384, rows=("CP-51",), kind=Kind.DETAIL)
-def test_copy_killed(ctx: Context) -> None:
-    """A copier that is killed leaves the pages that it has filled, and their number in the output field."""
-    expect_killed_copy(ctx)
-
-
-@uffd_case("copy-killed-huge", mem=(HUGETLB,), pages=8, spare_hugepages=1, rows=("CP-51",), kind=Kind.DETAIL)
-def test_copy_killed_huge(ctx: Context) -> None:
-    """The same with huge pages: none is filled after the kill."""
-    expect_killed_copy(ctx)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from errno import EAGAIN, EBUSY, EEXIST, EFAULT, EINVAL, ENOENT
 from functools import partial
 from pathlib import Path
@@ -56,6 +56,7 @@ from uffd_selftests.memory import (
     protect,
     read_only,
     unmap,
+    user_space_end,
 )
 from uffd_selftests.processes import (
     Channel,
@@ -334,6 +335,12 @@ def test_move_nowhere(ctx: Context) -> None:
             ctx.uffd.move(ctx.dst.start, hole.start, PAGE_SIZE)
         with promise("MV-28", "no page tables, ALLOW_SRC_HOLES"):
             ctx.uffd.move(ctx.dst.start, hole.start, PAGE_SIZE, HOLES)
+        with suppress(OSError):  # without transparent huge pages
+            advise(place, Advice.NOHUGEPAGE)
+        other = hole.start + pmd_size()
+        poke(other + pmd_size(), b"x")
+        with promise("MV-28", "only the page table is missing"), refuses(ENOENT):
+            ctx.uffd.move(ctx.dst.start, other, PAGE_SIZE)
         Pagemap.expect_present(ctx.dst)
 
 
@@ -479,6 +486,9 @@ def test_move_errors(ctx: Context) -> None:
     for what, bad in bad_ranges(ctx.src.page(0)).items():
         with promise("MV-02", f"source: {what}"), refuses(EINVAL, output=UNTOUCHED):
             ctx.uffd.move(ctx.dst.start, bad.start, bad.len)
+    end = user_space_end() or 1 << 63
+    with promise("MV-02", "source: reaches beyond user space"), refuses(EINVAL, output=UNTOUCHED):
+        ctx.uffd.move(ctx.dst.start, end - 2 * size, 4 * size)
     for bit in range(2, 64):
         with promise("MV-02", f"mode bit {bit}"), refuses(EINVAL, output=UNTOUCHED):
             ctx.uffd.move(ctx.dst.start, good, size, MoveMode(1 << bit))

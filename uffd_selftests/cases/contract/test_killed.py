@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""SIGKILL of a caller in the middle of a request that fills or moves many pages."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+import sys
+from collections.abc import Callable
+from errno import EINTR
+from io import FileIO
+
+from uffd_selftests import uapi
+from uffd_selftests.case import Kind, uffd_case
+from uffd_selftests.common import (
+    MINOR,
+    MINOR_FAULTS,
+    MISSING,
+    UNTOUCHED,
+    Context,
+    Pagemap,
+    Uffd,
+    eventually,
+    expect,
+)
+from uffd_selftests.mem_types import ANON, HUGETLB, SHMEM, SHMEM_PRIVATE
+from uffd_selftests.memory import (
+    MAP_ANONYMOUS,
+    MAP_NORESERVE,
+    MAP_PRIVATE,
+    MAP_SHARED,
+    PAGE_SIZE,
+    Advice,
+    Range,
+    advise,
+    errno_name,
+    mapped,
+    peek,
+    poke,
+)
+from uffd_selftests.processes import Channel, Child
+from uffd_selftests.uapi import PM_PRESENT, PM_SWAP, Feature
+
+TRIES = 20
+MANY = 65536
+"""Pages that take no memory each: with fewer the request would be over before it can be interrupted."""
+
+
+FILLED = PM_PRESENT | PM_SWAP
+"""Set for a page, or for what UFFDIO_POISON leaves in its place."""
+
+
+def _filled(pagemap: FileIO, address: int) -> bool:
+    raw = os.pread(pagemap.fileno(), 8, address // PAGE_SIZE * 8)  # empty when the process has come to its end
+    return not raw or bool(int.from_bytes(raw, sys.byteorder) & FILLED)
+
+
+def killed_request(
+    uffd: Uffd, request: int, arg: ctypes.Structure, where: Range, prepare: Callable[[], Uffd] | None = None
+) -> int:
+    """Have a child make a request and kill it when the first page of the range is there; return the output field.
+
+    That must be the argument's last word. A child that has a handle of its own to ``prepare`` works on its own memory.
+    """
+    with mapped(PAGE_SIZE, flags=MAP_SHARED | MAP_ANONYMOUS) as shared:
+        poke(shared.start, bytes(arg))
+
+        def caller(_: Channel) -> None:
+            (prepare() if prepare else uffd).raw_ioctl(request, shared.start)
+
+        with Child(caller) as child:
+            path = f"/proc/{child.pid}/pagemap" if prepare else "/proc/self/pagemap"
+            with open(path, "rb", buffering=0) as pagemap:
+                eventually(lambda: child.ended or _filled(pagemap, where.start), "the first page to be there")
+            child.kill()
+        (output,) = struct.unpack("=q", peek(shared.start + ctypes.sizeof(arg) - 8, 8))
+        return int(output)
+
+
+def expect_killed(uffd: Uffd, request: int, arg: ctypes.Structure, where: Range, unit: int) -> None:
+    """Assert that SIGKILL ends a request between two pages, and that its output field counts those that are done."""
+    for _ in range(TRIES):
+        output = killed_request(uffd, request, arg, where)
+        there = [bool(entry & FILLED) for entry in Pagemap.entries(where)[:: unit // PAGE_SIZE]]
+        done = output // unit
+        expect(output % unit, 0, "output field, modulo the page size")
+        expect(there.count(True), done, f"pages that are there when the output is {output}")
+        expect(all(there[:done]), True, "they are the first ones")
+        if output < where.len:
+            return
+        advise(where, Advice.DONTNEED)
+    raise AssertionError(f"SIGKILL did not end any of {TRIES} requests before the last page")
+
+
+@uffd_case("copy-killed", mem=(ANON,), pages=16384, rows=("CP-51",), kind=Kind.DETAIL)
+def test_copy_killed(ctx: Context) -> None:
+    """A copier that is killed leaves the pages that it has filled, and their number in the output field."""
+    ctx.uffd.register(ctx.dst.range, MISSING)
+    arg = uapi.uffdio_copy(ctx.dst.start, ctx.src.start, ctx.dst.range.len, 0, UNTOUCHED)
+    expect_killed(ctx.uffd, uapi.UFFDIO_COPY, arg, ctx.dst.range, ctx.page_size)
+
+
+@uffd_case("copy-killed-huge", mem=(HUGETLB,), pages=8, spare_hugepages=1, rows=("CP-51",), kind=Kind.DETAIL)
+def test_copy_killed_huge(ctx: Context) -> None:
+    """The same with huge pages: none is filled after the kill."""
+    for _ in range(TRIES):
+        ctx.uffd.register(ctx.dst.range, MISSING)
+        arg = uapi.uffdio_copy(ctx.dst.start, ctx.src.start, ctx.dst.range.len, 0, UNTOUCHED)
+        output = killed_request(ctx.uffd, uapi.UFFDIO_COPY, arg, ctx.dst.range)
+        Pagemap.expect_present(ctx.dst, *range(output // ctx.page_size))
+        if output < ctx.dst.range.len:
+            return
+        ctx.uffd.unregister(ctx.dst.range)
+        ctx.dst.release()
+    raise AssertionError(f"SIGKILL did not end any of {TRIES} copies before its last page")
+
+
+@uffd_case("zeropage-killed", mem=(ANON,), pages=1, rows=("CP-51",), kind=Kind.DETAIL)
+def test_zeropage_killed(ctx: Context) -> None:
+    """A process that is killed in UFFDIO_ZEROPAGE leaves the pages that it has filled, and their number."""
+    with mapped(MANY * PAGE_SIZE, flags=MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE) as where:
+        ctx.uffd.register(where, MISSING)
+        arg = uapi.uffdio_zeropage(uapi.uffdio_range(where.start, where.len), 0, UNTOUCHED)
+        expect_killed(ctx.uffd, uapi.UFFDIO_ZEROPAGE, arg, where, PAGE_SIZE)
+
+
+@uffd_case("poison-killed", mem=(ANON,), features=Feature.POISON, pages=1, rows=("CP-51",), kind=Kind.DETAIL)
+def test_poison_killed(ctx: Context) -> None:
+    """A process that is killed in UFFDIO_POISON leaves the pages that it has poisoned, and their number."""
+    with mapped(MANY * PAGE_SIZE, flags=MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE) as where:
+        ctx.uffd.register(where, MISSING)
+        arg = uapi.uffdio_poison(uapi.uffdio_range(where.start, where.len), 0, UNTOUCHED)
+        expect_killed(ctx.uffd, uapi.UFFDIO_POISON, arg, where, PAGE_SIZE)
+
+
+@uffd_case(
+    "continue-killed",
+    mem=(SHMEM, SHMEM_PRIVATE),
+    features=MINOR_FAULTS,
+    pages=16384,
+    rows=("CP-51",),
+    kind=Kind.DETAIL,
+)
+def test_continue_killed(ctx: Context) -> None:
+    """A process that is killed in UFFDIO_CONTINUE leaves the pages that it has mapped, and their number."""
+    with ctx.dst.file_view() as where:
+        ctx.dst.pattern.fill(where.start, 0, ctx.nr_pages)
+    ctx.uffd.register(ctx.dst.range, MINOR)
+    arg = uapi.uffdio_continue(uapi.uffdio_range(ctx.dst.start, ctx.dst.range.len), 0, UNTOUCHED)
+    expect_killed(ctx.uffd, uapi.UFFDIO_CONTINUE, arg, ctx.dst.range, ctx.page_size)
+
+
+@uffd_case("move-killed", mem=(ANON,), features=Feature.MOVE, pages=16384, rows=("CP-51",), kind=Kind.DETAIL)
+def test_move_killed(ctx: Context) -> None:
+    """A process that is killed in UFFDIO_MOVE moves no page any more: the output field counts those that it had."""
+
+    def prepare() -> Uffd:
+        ctx.src.fill()
+        uffd = Uffd.open()
+        uffd.register(ctx.dst.range, MISSING)
+        return uffd
+
+    arg = uapi.uffdio_move(ctx.dst.start, ctx.src.start, ctx.dst.range.len, 0, UNTOUCHED)
+    for _ in range(TRIES):
+        output = killed_request(ctx.uffd, uapi.UFFDIO_MOVE, arg, ctx.dst.range, prepare)
+        if output == -EINTR:
+            return
+        if output < 0:
+            raise AssertionError(f"expected a count of pages, or -EINTR; got {errno_name(output)}")
+        expect(output % ctx.page_size, 0, "output field, modulo the page size")
+        if output < ctx.dst.range.len:
+            return
+    raise AssertionError(f"SIGKILL did not end any of {TRIES} moves before its last page")
