@@ -8,6 +8,7 @@ import os
 import struct
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from errno import EINTR
 from io import FileIO
 
@@ -32,12 +33,14 @@ from uffd_selftests.memory import (
     MAP_SHARED,
     PAGE_SIZE,
     Advice,
+    KernelError,
     Range,
     advise,
     errno_name,
     mapped,
     peek,
     poke,
+    touch,
 )
 from uffd_selftests.processes import Channel, Child
 from uffd_selftests.uapi import PM_PRESENT, PM_SWAP, Feature
@@ -93,7 +96,7 @@ def expect_killed(uffd: Uffd, request: int, arg: ctypes.Structure, where: Range,
     raise AssertionError(f"SIGKILL did not end any of {TRIES} requests before the last page")
 
 
-@uffd_case("copy-killed", mem=(ANON,), pages=16384, rows=("CP-51",), kind=Kind.DETAIL)
+@uffd_case("copy-killed", mem=(ANON,), pages=16384, rows=("CP-51",), kind=Kind.DETAIL, smp=True)
 def test_copy_killed(ctx: Context) -> None:
     """A copier that is killed leaves the pages that it has filled, and their number in the output field."""
     ctx.uffd.register(ctx.dst.range, MISSING)
@@ -101,7 +104,7 @@ def test_copy_killed(ctx: Context) -> None:
     expect_killed(ctx.uffd, uapi.UFFDIO_COPY, arg, ctx.dst.range, ctx.page_size)
 
 
-@uffd_case("copy-killed-huge", mem=(HUGETLB,), pages=8, spare_hugepages=1, rows=("CP-51",), kind=Kind.DETAIL)
+@uffd_case("copy-killed-huge", mem=(HUGETLB,), pages=8, spare_hugepages=1, rows=("CP-51",), kind=Kind.DETAIL, smp=True)
 def test_copy_killed_huge(ctx: Context) -> None:
     """The same with huge pages: none is filled after the kill."""
     for _ in range(TRIES):
@@ -116,7 +119,7 @@ def test_copy_killed_huge(ctx: Context) -> None:
     raise AssertionError(f"SIGKILL did not end any of {TRIES} copies before its last page")
 
 
-@uffd_case("zeropage-killed", mem=(ANON,), pages=1, rows=("CP-51",), kind=Kind.DETAIL)
+@uffd_case("zeropage-killed", mem=(ANON,), pages=1, rows=("CP-51",), kind=Kind.DETAIL, smp=True)
 def test_zeropage_killed(ctx: Context) -> None:
     """A process that is killed in UFFDIO_ZEROPAGE leaves the pages that it has filled, and their number."""
     with mapped(MANY * PAGE_SIZE, flags=MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE) as where:
@@ -125,7 +128,7 @@ def test_zeropage_killed(ctx: Context) -> None:
         expect_killed(ctx.uffd, uapi.UFFDIO_ZEROPAGE, arg, where, PAGE_SIZE)
 
 
-@uffd_case("poison-killed", mem=(ANON,), features=Feature.POISON, pages=1, rows=("CP-51",), kind=Kind.DETAIL)
+@uffd_case("poison-killed", mem=(ANON,), features=Feature.POISON, pages=1, rows=("CP-51",), kind=Kind.DETAIL, smp=True)
 def test_poison_killed(ctx: Context) -> None:
     """A process that is killed in UFFDIO_POISON leaves the pages that it has poisoned, and their number."""
     with mapped(MANY * PAGE_SIZE, flags=MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE) as where:
@@ -141,6 +144,7 @@ def test_poison_killed(ctx: Context) -> None:
     pages=16384,
     rows=("CP-51",),
     kind=Kind.DETAIL,
+    smp=True,
 )
 def test_continue_killed(ctx: Context) -> None:
     """A process that is killed in UFFDIO_CONTINUE leaves the pages that it has mapped, and their number."""
@@ -151,24 +155,31 @@ def test_continue_killed(ctx: Context) -> None:
     expect_killed(ctx.uffd, uapi.UFFDIO_CONTINUE, arg, ctx.dst.range, ctx.page_size)
 
 
-@uffd_case("move-killed", mem=(ANON,), features=Feature.MOVE, pages=16384, rows=("CP-51",), kind=Kind.DETAIL)
+@uffd_case("move-killed", mem=(ANON,), features=Feature.MOVE, pages=1, rows=("CP-51",), kind=Kind.DETAIL, smp=True)
 def test_move_killed(ctx: Context) -> None:
-    """A process that is killed in UFFDIO_MOVE moves no page any more: the output field counts those that it had."""
+    """A process that is killed in UFFDIO_MOVE moves no page any more: the output field counts those that it had.
 
-    def prepare() -> Uffd:
-        ctx.src.fill()
-        uffd = Uffd.open()
-        uffd.register(ctx.dst.range, MISSING)
-        return uffd
+    Pages of zeroes are moved: they take no memory, and one by one, so long enough to be interrupted.
+    """
+    length, flags = MANY * PAGE_SIZE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
+    with mapped(length, flags=flags) as src, mapped(length, flags=flags) as dst:
+        with suppress(KernelError):  # EINVAL without transparent huge pages
+            advise(src, Advice.NOHUGEPAGE)
 
-    arg = uapi.uffdio_move(ctx.dst.start, ctx.src.start, ctx.dst.range.len, 0, UNTOUCHED)
-    for _ in range(TRIES):
-        output = killed_request(ctx.uffd, uapi.UFFDIO_MOVE, arg, ctx.dst.range, prepare)
-        if output == -EINTR:
-            return
-        if output < 0:
-            raise AssertionError(f"expected a count of pages, or -EINTR; got {errno_name(output)}")
-        expect(output % ctx.page_size, 0, "output field, modulo the page size")
-        if output < ctx.dst.range.len:
-            return
+        def prepare() -> Uffd:
+            touch(src, PAGE_SIZE)
+            uffd = Uffd.open()
+            uffd.register(dst, MISSING)
+            return uffd
+
+        arg = uapi.uffdio_move(dst.start, src.start, length, 0, UNTOUCHED)
+        for _ in range(TRIES):
+            output = killed_request(ctx.uffd, uapi.UFFDIO_MOVE, arg, dst, prepare)
+            if output == -EINTR:
+                return
+            if output < 0:
+                raise AssertionError(f"expected a count of pages, or -EINTR; got {errno_name(output)}")
+            expect(output % PAGE_SIZE, 0, "output field, modulo the page size")
+            if output < length:
+                return
     raise AssertionError(f"SIGKILL did not end any of {TRIES} moves before its last page")
