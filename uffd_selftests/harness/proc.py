@@ -65,7 +65,7 @@ def children(parent: int) -> dict[int, Process]:
 
 
 def lists_children() -> bool:
-    """Whether the kernel lists a process's children (CONFIG_PROC_CHILDREN): else all processes must be looked at."""
+    """Whether the kernel lists a process's children (proc_tid_children(5)): else all processes must be looked at."""
     return os.path.exists(f"/proc/self/task/{os.getpid()}/children")
 
 
