@@ -45,6 +45,7 @@ EXPECTED = {
     "hang_stopped": ("timeout", TIMEOUT, ") T "),
     "hang_in_setup": ("timeout", TIMEOUT, "in hangs_in_setup"),
     "hang_in_teardown": ("timeout", TIMEOUT, "in hangs_in_teardown"),
+    "hang_after_failure": ("timeout", TIMEOUT, ""),
     "hang_expected_failure": ("timeout", TIMEOUT, "in test_hang_expected_failure"),
     "die_sigsegv": ("error", "killed by SIGSEGV", "in test_die_sigsegv"),
     "die_sigbus": ("error", "killed by SIGBUS", "in test_die_sigbus"),
@@ -122,7 +123,7 @@ def test_crowd_ktap(crowd: Run) -> None:
         outcome = crowd.results[test.description.rpartition("::")[2]]["outcome"]
         assert test.ok == (outcome in ("pass", "skip", "xfail", "xpass"))
         assert test.skip == (outcome == "skip")
-    assert crowd.stdout.endswith("# Totals: pass:4 fail:23 xfail:1 xpass:1 skip:4 error:11\n")
+    assert crowd.stdout.endswith("# Totals: pass:4 fail:24 xfail:1 xpass:1 skip:4 error:11\n")
     assert crowd.stdout == (crowd.folder / "results.tap").read_text()
 
 

@@ -21,7 +21,6 @@ from ctypes import addressof, sizeof
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
@@ -45,6 +44,7 @@ from uffd_selftests.memory import (
     mapped,
     pmd_mapped,
     poke,
+    resident,
     smaps_fields,
     unmap,
 )
@@ -1133,15 +1133,10 @@ class Pagemap:
         """
         entries = cls.entries(area.range)[:: area.page_size // PAGE_SIZE]
         present = [page for page, entry in enumerate(entries) if entry & uapi.PM_PRESENT]
-        if present != sorted(pages) and _has_swapped():
+        if present != sorted(pages) and resident("VmSwap"):  # else PM_SWAP stands for other things
             swapped = {page for page in pages if entries[page] & uapi.PM_SWAP}
             present = sorted({*present, *swapped})
         expect(present, sorted(pages), f"pages of the {area.mem.name} area that are mapped")
-
-
-def _has_swapped() -> bool:
-    """Whether some page of this process is in swap: PM_SWAP stands for other things as well."""
-    return "\nVmSwap:\t       0 kB\n" not in Path("/proc/self/status").read_text()
 
 
 def require_soft_dirty(written: int) -> None:

@@ -46,7 +46,7 @@ from uffd_selftests.machine import (
 from uffd_selftests.program import EXIT_FAILED, EXIT_NOTHING, EXIT_OK, EXIT_USAGE, PROGRAM
 from uffd_selftests.report import command as page
 from uffd_selftests.report import model
-from uffd_selftests.vm.session import suite_arguments
+from uffd_selftests.vm.session import PRESSURE_SCALE, suite_arguments
 
 if TYPE_CHECKING:
     import argparse
@@ -59,8 +59,6 @@ LEAST_BYTES = 96 << 20
 SLACK_BYTES = {"used": 1 << 20, "kernel": 4 << 20}
 """How much more memory than after the first round may seem to be in use: the kernel counts for each CPU and adds up
 later, and keeps some objects for later use."""
-PRESSURE_SCALE = 4.0
-"""How much longer everything may take while memory is short."""
 BACK_SECONDS = 10.0
 """How long processes and memory may take to be gone when a round is over."""
 
@@ -72,7 +70,10 @@ SETTINGS = (
     *("/sys/kernel/mm/transparent_hugepage", "/sys/kernel/mm/ksm"),
 )
 CONTEXTS = Path("/sys/kernel/slab/userfaultfd_ctx_cache")
-VOLATILE = ("ns_last_pid", "pages_to_scan", "nr_hugepages", "nr_hugepages_mempolicy")
+VOLATILE = (
+    *("ns_last_pid", "pages_to_scan", "nr_hugepages", "nr_hugepages_mempolicy"),
+    *("perf_event_max_sample_rate", "hung_task_warnings", "tainted"),
+)
 """Files among the settings that the kernel writes itself, and those that are looked at otherwise."""
 
 
@@ -153,6 +154,8 @@ class Soak:
                 before = Machine.now()
                 first = self._round()
                 if not first.results or first.document["interrupted"]:
+                    if first.document:
+                        self._ktap.bail_out(first.document["interrupted"] or "the first round has no results")
                     return first.code or EXIT_FAILED  # it has said why
                 self._look_behind(first, before, health)
                 self._settled = self._group.statistics()

@@ -79,11 +79,15 @@ def starved(prepare: Callable[[], list[Request]], spared: Range) -> list[Refusal
     All inherited memory is in place before, but for the range that is to be spared.
     Skip where there is no cgroup to be had.
     """
+    if "nokmem" in _read("/proc/cmdline"):
+        raise Skip("the kernel's own memory is not charged: boot without cgroup.memory=nokmem")
     with ExitStack() as stack:
         try:
             group = stack.enter_context(MemoryGroup())
         except OSError as error:
             raise Skip(f"needs a memory cgroup of its own, as root: {error.strerror}") from None
+        if group.kills and _read("/proc/sys/vm/panic_on_oom").strip() == "2":
+            raise Skip("the kernel would panic when the cgroup runs out of memory: sysctl vm.panic_on_oom=1")
         fd = os.memfd_create("argument")
         stack.callback(os.close, fd)
         os.ftruncate(fd, PAGE_SIZE)
@@ -96,12 +100,15 @@ def starved(prepare: Callable[[], list[Request]], spared: Range) -> list[Refusal
                 raise Skip(reason)
             holder = stack.enter_context(Uffd(fds[0]))
             return [_starve(child, group, holder, view, letter) for _ in range(number)][1:]
-        except AssertionError:
-            child.wait()  # if it failed, it says why
-            raise
         except BaseException:
+            if child.ended:
+                child.wait()  # if it failed, it says why
             child.kill()
             raise
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text() if os.path.exists(path) else ""
 
 
 def _starve(child: Child, group: MemoryGroup, holder: Uffd, view: Range, letter: Range) -> Refusal:
@@ -136,15 +143,16 @@ def _live(
         group.join()
         if group.kills:
             Path("/proc/self/oom_score_adj").write_text(UNKILLABLE)
-        _own_memory(spared)
-        requests = [_greedy(), *prepare()]
-        holder = Uffd.open(MINOR_FAULTS, KERNEL_FAULTS)
-    except Skip as skip:
-        channel.send((0, str(skip)))
-        return
     except OSError as error:
         channel.send((0, f"cannot run out of memory without being killed: {error}: needs CAP_SYS_RESOURCE"))
         return
+    try:
+        _own_memory(spared)
+        requests = [_greedy(), *prepare()]
+    except Skip as skip:
+        channel.send((0, str(skip)))
+        return
+    holder = Uffd.open(MINOR_FAULTS, KERNEL_FAULTS)
     touch(letter, PAGE_SIZE)
     holder.register(letter, MINOR)
     channel.send((len(requests), ""), holder.fd)

@@ -125,6 +125,11 @@ def test_hang_in_teardown() -> None:
     """Passes, but never ends."""
 
 
+@pytest.mark.usefixtures("hangs_in_teardown")
+def test_hang_after_failure() -> None:
+    raise AssertionError("this is not all")
+
+
 @pytest.mark.xfail(reason="a hang is never expected")
 def test_hang_expected_failure() -> None:
     """An expected failure does not excuse a hang."""

@@ -79,13 +79,14 @@ def _serve(channel: Connection, find: Callable[[str], Work], guarded: Iterable[i
     # Forking takes longer than most cases do.  The next child is made while one works, if there is a CPU for that and
     # the kernel says at once that it is the only child left behind.
     early = len(os.sched_getaffinity(0)) > 1 and proc.lists_children()
-    prepared = isolator.prepare(find)
     try:
+        prepared = isolator.prepare(find)
         while True:
             name, deadline = channel.recv()
             try:
                 child = prepared.begin(name, deadline)
             except BrokenPipeError:  # killed while it waited: the kernel was short of memory
+                isolator.see_through(prepared.child, 0)
                 child = isolator.prepare(find).begin(name, deadline)
             if early:
                 prepared = isolator.prepare(find)

@@ -97,11 +97,13 @@ def _register(config: pytest.Config, part: Reporter | Steward | Runner) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
     """Look for no garbage meanwhile: there is none among so many objects that are new and stay."""
+    was = gc.isenabled()
     gc.disable()
     try:
         return (yield)
     finally:
-        gc.enable()
+        if was:
+            gc.enable()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -43,7 +43,7 @@ class Planned:
     kind: str = ""
     """What stands behind the case: promise, detail or version."""
     defect: dict[str, str] | None = None
-    """The known defect of kernels (id, summary, kernels, advice) that makes it an expected failure."""
+    """The known defect of kernels (id, summary, kernels, advice, shows) that makes it an expected failure."""
     hugepages: int = 0
     """Huge pages of the default size that it takes; 0 when it is skipped for lack of something else."""
     bugs: tuple[int, ...] = ()

@@ -221,7 +221,7 @@ def _reports(item: pytest.Item, ending: Ending, *, is_plain: bool) -> list[pytes
     if ending.how is How.DONE and not ending.leftovers:
         return reports
     sections = _captured(item)
-    if ending.how is not How.DONE and not any(report.failed for report in reports):
+    if ending.how is not How.DONE and not (is_plain and any(report.failed for report in reports)):
         word = ending.how.name
         text = "\n".join([f"{word} {ending.reason}", *ending.evidence])
         verdict = {"outcome": word.lower(), "reason": ending.reason, "evidence": ending.evidence}

@@ -46,6 +46,8 @@ VERSION = "KTAP version 1"
 INDENT = "  "
 TCG_SCALE = 8.0
 """How much longer everything may take under emulation."""
+PRESSURE_SCALE = 4.0
+"""How much longer everything may take while memory is short."""
 
 
 class Plan(NamedTuple):
@@ -286,7 +288,8 @@ class Session:
     def _scale(self, accelerator: str) -> float:
         """Return by how much deadlines are multiplied."""
         given = self._args.deadline_scale or os.environ.get("UFFD_DEADLINE_SCALE")
-        return float(given or (TCG_SCALE if accelerator == vng.TCG else 1))
+        scale = TCG_SCALE if accelerator == vng.TCG else 1.0
+        return float(given or scale * (PRESSURE_SCALE if self._args.soak else 1))
 
     # ---- reporting ----
 
