@@ -30,6 +30,7 @@ from uffd_selftests.uapi import CopyMode, Feature, PagefaultFlag
 FOUR_GIB = 1 << 32
 """A length that is nothing to who counts in 32 bits; for the kernel's own wakes, length 0 is everybody."""
 
+
 @uffd_case("wake-errors", mem=(ANON,), pages=2, rows=("WK-01",))
 def test_wake_errors(ctx: Context) -> None:
     """UFFDIO_WAKE refuses a range that is not whole pages of user space, and an argument it cannot read."""
