@@ -190,9 +190,10 @@ class Runner:
     def _call(self, item: pytest.Item, send: Send) -> None:
         """Run a plain case in the child and send what became of it."""
         assert isinstance(item, pytest.Function)
-        if capture := item.config.pluginmanager.getplugin("capturemanager"):
-            capture.resume_global_capture()  # pytest does so in its own way to a test
         case = self._place(item)
+        capture = item.config.pluginmanager.getplugin("capturemanager")
+        if capture and not (case and case.stress):  # which shows on the terminal how far it is
+            capture.resume_global_capture()  # pytest does so in its own way to a test
         for outcome in plain.perform(item, self._settings.area_bytes_of(case)):
             send(outcome)
             if isinstance(outcome, plain.Passed):
