@@ -127,6 +127,7 @@ def test_hang_in_teardown() -> None:
 
 @pytest.mark.usefixtures("hangs_in_teardown")
 def test_hang_after_failure() -> None:
+    """Fails, and then never ends."""
     raise AssertionError("this is not all")
 
 
