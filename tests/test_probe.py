@@ -324,7 +324,8 @@ def test_options_follow_from_the_cases(results: list[suite.Expected]) -> None:
     assert names(results, "GUP_TEST") == {each.case.name for each in results if "gup_test" in each.case.needs}
     assert set(suite.OPTIONS_OF_NEED) <= set(kernel.REQUIREMENTS)
     assert names(results, "MEM_SOFT_DIRTY") == {
-        *("copy-soft-dirty", "move-soft-dirty", "move-swapped-soft-dirty"),
+        *("copy-soft-dirty", "move-soft-dirty", "move-huge-soft-dirty", "move-swapped-soft-dirty"),
+        *("writeprotect-soft-dirty", "writeprotect-thp-soft-dirty", "async-scan-soft-dirty"),
     }
     broken = {"continue-hardware-poison", "fork-broken-hugepage", "writeprotect-migrated"}
     assert names(results, "HWPOISON_INJECT") == broken
