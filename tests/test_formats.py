@@ -317,7 +317,11 @@ def test_stdout(folder: Folder) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("junit", ["missing.json"], "uffd-selftests junit: missing.json: no such file: name the folder that a run wrote with -o\n"),
+        (
+            "junit",
+            ["missing.json"],
+            "uffd-selftests junit: missing.json: no such file: name the folder that a run wrote with -o\n",
+        ),
         ("junit", [], "uffd-selftests junit: the following arguments are required: [LABEL=]RESULTS; "),
         ("summary", ["{good}", "-o", "no/such/folder"], "uffd-selftests summary: cannot write no/such/folder: "),
         ("summary", ["{good}", "-o", "/dev/full"], "uffd-selftests summary: cannot write /dev/full: No space left"),

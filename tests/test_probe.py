@@ -327,7 +327,7 @@ def test_options_follow_from_the_cases(results: list[suite.Expected]) -> None:
         *("copy-soft-dirty", "move-soft-dirty", "move-huge-soft-dirty", "move-swapped-soft-dirty"),
         *("writeprotect-soft-dirty", "writeprotect-thp-soft-dirty", "async-scan-soft-dirty"),
     }
-    broken = {"continue-hardware-poison", "fork-broken-hugepage", "writeprotect-migrated"}
+    broken = {"continue-hardware-poison", "fork-broken-hugepage", "writeprotect-migrated", "writeprotect-thp-migrated"}
     assert names(results, "HWPOISON_INJECT") == broken
     assert names(results, "USERFAULTFD") == {each.case.name for each in results}
     assert "wp-unpopulated" in names(results, "PTE_MARKER_UFFD_WP")
