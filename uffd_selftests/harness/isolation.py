@@ -131,6 +131,7 @@ class Isolator:
         work gets a function that sends a record (anything that can be pickled) to the parent at once.  The deadline is
         in seconds from now.  An exception here (Ctrl-C) ends the child, too.
         """
+        self._spared.update(stray.pid for stray in self._strays())  # what came before is not left by this work
         return self.see_through(self._fork(lambda: (work, deadline)), deadline)
 
     def prepare(self, find: Callable[[str], Work]) -> Prepared:
