@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import resource
 import signal
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -15,15 +18,33 @@ from uffd_selftests.harness.isolation import How
 from uffd_selftests.harness.launcher import Launcher
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from uffd_selftests.harness.isolation import Send, Work
+
+
+SHARED = mmap.mmap(-1, 4096)
+CHANGES: dict[str, Callable[[], object]] = {
+    "umask": lambda: os.umask(0o777),
+    "signal": lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
+    "blocked signal": lambda: signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1]),
+    "timer": lambda: signal.setitimer(signal.ITIMER_REAL, 1000),
+    "descriptor": lambda: os.open("/dev/null", os.O_RDONLY),
+    "other descriptor": lambda: os.dup2(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC), 0),
+    "limit": lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0)),
+    "thread": lambda: threading.Thread(target=time.sleep, args=(1000,), daemon=True).start(),
+    "zombie": lambda: os.fork() or os._exit(0),
+    "nice": lambda: os.nice(1),
+    "folder": lambda: os.chdir("/"),
+    "shared memory": lambda: SHARED.write(b"x"),
+}
+"""What a piece of work may change of its process, so that the next must not run in it."""
 
 
 def find(name: str) -> Work:
     """Return the work of this name."""
 
-    def work(send: Send) -> None:
+    def work(send: Send) -> bool:
         if name == "hang":
             time.sleep(1000)
         elif name == "kill the launcher":
@@ -32,9 +53,18 @@ def find(name: str) -> Work:
         elif name == "daemon" and not os.fork():
             os.setsid()
             time.sleep(1000)
+        elif name == "fail":
+            raise RuntimeError
+        elif name in CHANGES:
+            CHANGES[name]()
         send(name * 100_000 if name == "much" else [name, os.getppid()])
+        return name != "do badly"
 
-    return work
+    def ready(send: Send) -> bool:
+        send(os.getpid())
+        return work(send)
+
+    return ready if name.startswith("do") or name in CHANGES else work
 
 
 @pytest.fixture
@@ -51,6 +81,44 @@ def test_work_is_found_by_name(launcher: Launcher) -> None:
         ending = launcher.run(name, deadline=30)
         assert (ending.how, ending.records) == (How.DONE, [[name, launcher.pid]])
     assert launcher.run("much", deadline=30).records == ["much" * 100_000]
+
+
+def test_a_process_may_do_more(launcher: Launcher) -> None:
+    """One process does several pieces of work as long as it is told to, succeeds and stays as it was."""
+
+    def pid(name: str, *, same: bool, more: bool) -> object:
+        ending = launcher.run(name, deadline=30, same=same, more=more)
+        assert (ending.how, ending.records[1]) == (How.DONE, [name, launcher.pid])
+        return ending.records[0]
+
+    first = pid("do", same=False, more=True)
+    assert pid("do", same=True, more=True) == first
+    assert pid("do", same=True, more=False) == first
+    assert first not in proc.processes(), "it is there after the last piece"
+    second = pid("do", same=False, more=True)
+    third = pid("do", same=False, more=True)
+    assert pid("do badly", same=True, more=True) == third
+    fourth = pid("do", same=True, more=True)
+    assert len({first, second, third, fourth}) == 4
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_process_does_no_more(launcher: Launcher, change: str) -> None:
+    """What a piece of work changes of its process does not reach the next one."""
+    first = launcher.run(change, deadline=30, same=False, more=True)
+    assert (first.how, first.rests) == (How.DONE, False)
+    second = launcher.run("do", deadline=30, same=True, more=True)
+    assert second.records[0] != first.records[0]
+    assert second.rests
+
+
+def test_a_resting_process_may_fail(launcher: Launcher) -> None:
+    """What ends a process that has done work before is told as ever, and the next one is new."""
+    for name, how in (("hang", How.TIMEOUT), ("fail", How.ERROR), ("daemon", How.DONE)):
+        assert launcher.run("do", deadline=30, more=True).rests
+        ending = launcher.run(name, deadline=0.3 if name == "hang" else 30, same=True, more=True)
+        assert (ending.how, ending.rests, len(ending.leftovers)) == (how, False, name == "daemon")
+        assert launcher.run("do", deadline=30, same=True).how is How.DONE
 
 
 def test_hang_and_leftovers(launcher: Launcher) -> None:

@@ -303,6 +303,37 @@ def test_isolation_can_be_seen(run: Run, isolation: list[str]) -> None:
 
 
 @needs_userfaultfd
+def test_memory_types_share_a_process(run: Run, pytester: pytest.Pytester) -> None:
+    """A case has one process for all its results, a new one after a failure or a change, and no other case has it."""
+    text = """
+    def note(name):
+        with open("log", "a") as file:
+            print(name, os.getpid(), file=file)
+
+    @uffd_case("share", variants=("a", "b", "c"))
+    def test_share(variant):
+        note("share")
+
+    @uffd_case("change", mem=(ANON, SHMEM))
+    def test_change(mem):
+        note("change")
+        os.umask(0o777)
+
+    @uffd_case("fail", mem=(ANON, SHMEM))
+    def test_fail(mem):
+        note("fail")
+        raise AssertionError
+    """
+    run(text).assert_outcomes(passed=5, failed=2)
+    pids: dict[str, set[str]] = {}
+    for line in (pytester.path / "log").read_text().splitlines():
+        name, pid = line.split()
+        pids.setdefault(name, set()).add(pid)
+    assert {name: len(found) for name, found in pids.items()} == {"share": 1, "change": 2, "fail": 2}
+    assert len(set.union(*pids.values())) == 5
+
+
+@needs_userfaultfd
 @pytest.mark.parametrize("workers", [[], ["-n2"]], ids=["serial", "workers"])
 def test_subtests(run: Run, workers: list[str]) -> None:
     """A failing subtest fails the run; its report crosses the pipe."""
@@ -413,6 +444,21 @@ def test_kernel_complaint_fails_the_case(run: Run) -> None:
     result = run(LOGGING, "-v")
     result.assert_outcomes(passed=3, errors=1)
     result.stdout.fnmatch_lines(["*::test_guilty ERROR*", f"the kernel complained: {LOGGED}"])
+
+
+@needs_userfaultfd
+@pytest.mark.usefixtures("fake_log")
+def test_kernel_complaint_in_a_shared_process(run: Run) -> None:
+    """A complaint at the end of a process may be the doing of all the results that it ran; the next one is new."""
+    text = """
+    @uffd_case("case", variants=("a", "b", "c"))
+    def test_case(variant):
+        if variant == "b":
+            open("log", "w").close()
+    """
+    result = run(text, "-v")
+    result.assert_outcomes(passed=3, errors=1)
+    result.stdout.fnmatch_lines(["*::test_case[[]b] ERROR*", "the same process ran before: case (a)"])
 
 
 @needs_userfaultfd

@@ -36,9 +36,10 @@ from multiprocessing.connection import Connection
 from uffd_selftests.harness import proc
 
 Send = Callable[[object], None]
-Work = Callable[[Send], None]
-Order = tuple[Work, float]
-"""What a child is to do, and the deadline in seconds."""
+Work = Callable[[Send], object]
+"""Returns True when it went well, so that its process may do more."""
+Order = tuple[Work, float, bool]
+"""What a child is to do, the deadline in seconds, and whether the child may rest then until it is told to do more."""
 
 PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 PR_SET_CHILD_SUBREAPER = 36
@@ -84,6 +85,8 @@ class Ending:
     leftovers: list[str]
     """The processes it left behind: when it is done, all, and they are killed; else those that could not be."""
     seconds: float
+    rests: bool = False
+    """Whether the child waits for more work: then what it would take along to its end may still show."""
 
 
 class _Tag(Enum):
@@ -93,6 +96,7 @@ class _Tag(Enum):
     RAISED = auto()  # the work itself raised: the traceback
     ESCAPED = auto()  # a process that the work forked came back into the harness: its ID
     DONE = auto()
+    RESTING = auto()  # done, and ready for more
 
 
 class Isolator:
@@ -132,24 +136,24 @@ class Isolator:
         in seconds from now.  An exception here (Ctrl-C) ends the child, too.
         """
         self._spared.update(stray.pid for stray in self._strays())  # what came before is not left by this work
-        return self.see_through(self._fork(lambda: (work, deadline)), deadline)
+        return self.see_through(self._fork(lambda: (work, deadline, False)), deadline)
 
-    def prepare(self, find: Callable[[str], Work]) -> Prepared:
+    def prepare(self, find: Callable[[str], Work]) -> Child:
         """Fork a child for work that will be known later, by a name; find is called in the child."""
         theirs, ours = Pipe(duplex=False)
 
         def take() -> Order:
             ours.close()
-            name, deadline = theirs.recv()
-            theirs.close()
-            return find(name), deadline
+            name, deadline, may_rest = theirs.recv()
+            return find(name), deadline, may_rest
 
         child = self._fork(take)
         theirs.close()
-        return Prepared(child, ours)
+        child.orders = ours
+        return child
 
     def see_through(self, child: Child, deadline: float) -> Ending:
-        """Wait until a child ends, or end it at its deadline; return how that went."""
+        """Wait until a child ends or rests, or end it at its deadline; return how that went."""
         started = time.monotonic()
         leftovers: list[str] = []
         immortal: list[str] = []
@@ -158,7 +162,8 @@ class Isolator:
             if not child.wait(started + deadline):
                 hang = self._look(child.pid)
         finally:
-            if not self._end(child):
+            rests = child.rests and not child.verdict()[1] and not self._strays()
+            if not rests and not self._end(child):
                 immortal.append(f"process {child.pid} cannot be killed")
             for stray, died in self._clear_strays():
                 (leftovers if died else immortal).append(f"process {stray}" + ("" if died else " cannot be killed"))
@@ -168,10 +173,14 @@ class Isolator:
             return Ending(How.TIMEOUT, f"{deadline:g} seconds", records, hang + child.traceback, immortal, seconds)
         if problem:
             return Ending(How.ERROR, problem, records, child.traceback, immortal, seconds)
-        return Ending(How.DONE, "", records, [], leftovers + immortal, seconds)
+        return Ending(How.DONE, "", records, [], leftovers + immortal, seconds, rests)
+
+    def dismiss(self, child: Child) -> None:
+        """End a child that waits for work."""
+        self._end(child)
 
     def _fork(self, take: Callable[[], Order]) -> Child:
-        """Fork a child, which calls take and does what that returns."""
+        """Fork a child, which calls take and does what that returns, again and again as long as it may rest."""
         reports, sink = os.pipe()  # both are close-on-exec
         notes = os.memfd_create("tracebacks")
         sys.stdout.flush()
@@ -182,11 +191,17 @@ class Isolator:
             os.close(reports)
             try:
                 # One that has been closed since may have lent its number to the child's own descriptors.
-                _settle(parent, set(self._guarded) - {sink, notes})
+                orders = [child.orders.fileno() for child in self._own.values() if child.orders]
+                _settle(parent, {*self._guarded, *orders} - {sink, notes})
                 faulthandler.enable(file=notes)
-                work, deadline = take()
-                faulthandler.dump_traceback_later(TRACEBACK_SHARE * deadline, file=notes)
-                _perform(work, sink, notes)
+                before = None
+                rests = True
+                while rests:
+                    work, deadline, may_rest = take()
+                    faulthandler.dump_traceback_later(TRACEBACK_SHARE * deadline, file=notes)
+                    if may_rest and not before:
+                        before = proc.state()
+                    rests = _perform(work, sink, notes, before if may_rest else None)
             finally:
                 os._exit(0)
         os.close(sink)
@@ -207,7 +222,7 @@ class Isolator:
     def _look(self, pid: int) -> list[str]:
         """Say what a hung child and its family are doing; from a child of its own, for this can hang as well."""
         adopted = [stray.pid for stray in self._strays()]
-        looker = self._fork(lambda: (lambda send: send(proc.describe(proc.family(pid, adopted))), LOOK_SECONDS))
+        looker = self._fork(lambda: (lambda send: send(proc.describe(proc.family(pid, adopted))), LOOK_SECONDS, False))
         try:
             looker.wait(time.monotonic() + LOOK_SECONDS)
         finally:
@@ -220,11 +235,8 @@ class Isolator:
 
     def _strays(self) -> list[proc.Process]:
         """Return the children of this process that are neither its own nor to be spared."""
-        if not self._own:
-            try:  # one system call says whether there is any child
-                os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            except ChildProcessError:
-                return []
+        if not self._own and not proc.has_children():  # which takes one system call
+            return []
         known = self._spared | self._own.keys()
         return [child for child in proc.children(os.getpid()).values() if child.pid not in known]
 
@@ -242,20 +254,6 @@ class Isolator:
 
 
 @dataclass
-class Prepared:
-    """A child that waits to be told what to do; it ends when nobody can any more."""
-
-    child: Child
-    orders: Connection
-
-    def begin(self, name: str, deadline: float) -> Child:
-        """Have it do the work of this name, once; raises BrokenPipeError when it has died."""
-        with self.orders:
-            self.orders.send((name, deadline))
-        return self.child
-
-
-@dataclass
 class Child:
     """The parent's view of a child process."""
 
@@ -267,6 +265,10 @@ class Child:
     status: int | None = None
     """As of waitpid(2); None as long as it runs, and when this side killed it."""
     reaped: bool = False
+    rests: bool = False
+    """Whether it is done and waits for more."""
+    orders: Connection | None = None
+    """Where to tell it what to do, if it was prepared."""
     traceback: list[str] = field(default_factory=list)
     """What faulthandler wrote: the Python stacks at a crash or shortly before the deadline; known when closed."""
 
@@ -274,8 +276,15 @@ class Child:
         self.pidfd = os.pidfd_open(self.pid)
         os.set_blocking(self.reports, False)
 
+    def begin(self, name: str, deadline: float, *, may_rest: bool = False) -> None:
+        """Have it, prepared or resting, do the work of this name; raises BrokenPipeError when it has died."""
+        assert self.orders
+        self.received.clear()
+        self.rests = False
+        self.orders.send((name, deadline, may_rest))
+
     def wait(self, until: float) -> bool:
-        """Take its records until it ends (True) or time.monotonic() says until (False)."""
+        """Take its records until it ends or rests (True) or time.monotonic() says until (False)."""
         poll = select.poll()
         poll.register(self.reports, select.POLLIN)
         poll.register(self.pidfd, select.POLLIN)
@@ -286,6 +295,8 @@ class Child:
                 return False
             if self.reports in ready and not self._receive():
                 poll.unregister(self.reports)
+            if self.rests:
+                return True
             if self.pidfd in ready:
                 self._receive()
                 _, self.status = os.waitpid(self.pid, 0)
@@ -298,6 +309,7 @@ class Child:
             try:
                 chunk = os.read(self.reports, 1 << 16)
             except BlockingIOError:
+                self.rests = self.received.endswith(RESTING)
                 return True
             if not chunk:
                 break
@@ -327,7 +339,7 @@ class Child:
             problem = "something wrote into the pipe of the harness"
         elif by_tag[_Tag.RAISED]:
             problem = str(by_tag[_Tag.RAISED][0])
-        elif not by_tag[_Tag.DONE]:
+        elif not by_tag[_Tag.DONE] and not by_tag[_Tag.RESTING]:
             problem = f"exited with status {os.waitstatus_to_exitcode(self.status or 0)} before its reports"
         return by_tag[_Tag.RECORD], problem
 
@@ -336,6 +348,8 @@ class Child:
         self.traceback = _traceback_lines(os.pread(self.notes, 1 << 16, 0))
         for fd in (self.reports, self.notes, self.pidfd):
             os.close(fd)
+        if self.orders:
+            self.orders.close()
 
 
 def fork() -> int:
@@ -369,20 +383,25 @@ def _settle(parent: int, guarded: Iterable[int]) -> None:
     os.close(null)
 
 
-def _perform(work: Work, sink: int, notes: int) -> None:
-    """Do the work in the child and send what comes of it."""
+def _perform(work: Work, sink: int, notes: int, before: list[object] | None) -> bool:
+    """Do the work in the child and send what comes of it; return whether the child can do more.
+
+    That is when all went well and has left the process as it was before, if it is to be compared with that.
+    """
     send = _sender(sink)
+    last, payload = _Tag.DONE, ""
     try:
-        work(lambda record: send(_Tag.RECORD, record))
+        if work(lambda record: send(_Tag.RECORD, record)) is True and before and proc.state() == before:
+            last = _Tag.RESTING
     except BaseException as error:
         stack = reversed(traceback.extract_tb(error.__traceback__))
         os.write(notes, "".join(f'  File "{at.filename}", line {at.lineno} in {at.name}\n' for at in stack).encode())
-        send(_Tag.RAISED, f"{type(error).__name__} left the case: {error}")
-    else:
-        send(_Tag.DONE, None)
+        last, payload = _Tag.RAISED, f"{type(error).__name__} left the case: {error}"
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
+    send(last, payload)
+    return last is _Tag.RESTING
 
 
 def _offer_to_oom_killer() -> None:
@@ -417,6 +436,10 @@ def _write(fd: int, data: bytes) -> None:
 def _pack(tag: _Tag, payload: object) -> bytes:
     body = pickle.dumps((tag.value, payload), protocol=pickle.HIGHEST_PROTOCOL)
     return HEADER.pack(MAGIC, len(body), zlib.crc32(body)) + body
+
+
+RESTING = _pack(_Tag.RESTING, "")
+"""The end of what a child sends that will rest."""
 
 
 def _unpack(data: bytes | bytearray) -> tuple[list[tuple[_Tag, object]], bool]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from multiprocessing.connection import Connection
 
-    from uffd_selftests.harness.isolation import Work
+    from uffd_selftests.harness.isolation import Child, Work
 
 CLOSE_SECONDS = 15.0
 """How long it may take to clear away what is running: longer than the Isolator tries."""
@@ -50,11 +50,14 @@ class Launcher:
         self.alive = True
         """False when it died on its own: it is of no use then."""
 
-    def run(self, name: str, *, deadline: float) -> Ending:
-        """Run the work of this name and return how that ended; deadline is in seconds from now."""
+    def run(self, name: str, *, deadline: float, same: bool = False, more: bool = False) -> Ending:
+        """Run the work of this name and return how that ended; deadline is in seconds from now.
+
+        With more, its process may do the next work as well, if it is as it was; with same, the last one's does this.
+        """
         started = time.monotonic()
         with contextlib.suppress(OSError, EOFError):
-            self._channel.send((name, deadline))
+            self._channel.send((name, deadline, same, more))
             ending: Ending = self._channel.recv()
             return ending
         self.alive = False
@@ -79,20 +82,29 @@ def _serve(channel: Connection, find: Callable[[str], Work], guarded: Iterable[i
     # Forking takes longer than most cases do.  The next child is made while one works, if there is a CPU for that and
     # the kernel says at once that it is the only child left behind.
     early = len(os.sched_getaffinity(0)) > 1 and proc.lists_children()
+    resting: Child | None = None
+    """The child that did the last work, if it can do more."""
     try:
-        prepared = isolator.prepare(find)
+        fresh = isolator.prepare(find)
         while True:
-            name, deadline = channel.recv()
+            name, deadline, same, more = channel.recv()
+            if resting and not same:
+                isolator.dismiss(resting)
+                resting = None
+            child, forks = resting or fresh, not resting
             try:
-                child = prepared.begin(name, deadline)
+                child.begin(name, deadline, may_rest=more)
             except BrokenPipeError:  # killed while it waited: the kernel was short of memory
-                isolator.see_through(prepared.child, 0)
-                child = isolator.prepare(find).begin(name, deadline)
-            if early:
-                prepared = isolator.prepare(find)
-            channel.send(isolator.see_through(child, deadline))
-            if not early:
-                prepared = isolator.prepare(find)
+                isolator.dismiss(child)
+                child = isolator.prepare(find)
+                child.begin(name, deadline, may_rest=more)
+            if forks and early:
+                fresh = isolator.prepare(find)
+            ending = isolator.see_through(child, deadline)
+            resting = child if ending.rests else None
+            channel.send(ending)
+            if forks and not early:
+                fresh = isolator.prepare(find)
     except EOFError:
         pass
     finally:

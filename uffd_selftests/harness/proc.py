@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,12 @@ INITIALIZED = 1 << 31
 """UFFD_FEATURE_INITIALIZED of fs/userfaultfd.c: UFFDIO_API was called. It is no feature."""
 
 USERFAULTFD_LINK = "anon_inode:[userfaultfd]"
+
+VOLATILE = (
+    "State:", "FDSize:", "VmPeak:", "VmSize:", "VmHWM:", "VmRSS:", "RssAnon:", "RssFile:", "VmData:", "VmStk:",
+    "VmExe:", "VmLib:", "VmPTE:", "VmSwap:", "SigQ:", "voluntary_ctxt_switches:", "nonvoluntary_ctxt_switches:",
+)  # fmt: skip
+"""Lines of /proc/PID/status that say nothing of what a process has changed."""
 
 MAX_FRAMES = 10
 MAX_TASKS = 40
@@ -64,6 +71,15 @@ def children(parent: int) -> dict[int, Process]:
     return {pid: process for pid, process in processes().items() if process.parent == parent}
 
 
+def has_children() -> bool:
+    """Whether this process has any child, zombies included."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
 def lists_children() -> bool:
     """Whether the kernel lists a process's children (proc_tid_children(5)): else all processes must be looked at."""
     return os.path.exists(f"/proc/self/task/{os.getpid()}/children")
@@ -103,6 +119,19 @@ def _links(pid: int | str) -> Iterator[tuple[str, str]]:
             yield entry, os.readlink(f"{folder}/{entry}")
         except OSError:  # the descriptor with which the folder itself was read, or the process is gone
             continue
+
+
+def state() -> list[object]:
+    """Return what this process may change of itself and would keep: rights, limits, signals, descriptors, children...
+
+    Of its memory only what is shared, locked or of huge pages: Python itself takes more and more of the rest.
+    """
+    status = [line for line in _read("/proc/self/status").splitlines() if not line.startswith(VOLATILE)]
+    files = [_read(f"/proc/self/{name}") for name in ("limits", "cgroup", "oom_score_adj", "coredump_filter")]
+    namespaces = [os.readlink(f"/proc/self/ns/{name}") for name in os.listdir("/proc/self/ns")]
+    scheduling = [os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0)]
+    timers = [signal.getitimer(timer) for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)]
+    return [status, files, namespaces, scheduling, timers, os.getcwd(), sorted(_links("self")), has_children()]
 
 
 def describe(members: list[Process]) -> list[str]:

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
     from uffd_selftests.case import Case
     from uffd_selftests.harness.health import KernelHealth
+    from uffd_selftests.harness.isolation import Work
     from uffd_selftests.harness.settings import Settings
     from uffd_selftests.kernel import Facts
+    from uffd_selftests.mem_types import MemType
 
 PHASES = ("setup", "call", "teardown")
 
@@ -64,6 +66,10 @@ class Runner:
         """Where cases run that want a single CPU; another one for each worker."""
         self._launcher: Launcher | None = None
         """Runs plain cases."""
+        self._together: list[str] = []
+        """The results so far of the process that waits in the launcher for more of the last case."""
+        self._last_case: Case | None = None
+        self._nextitem: pytest.Item | None = None
         self._isolator: Isolator | None = None
         """Runs everything else: what is forked here has whatever other plugins left in this process."""
 
@@ -77,14 +83,13 @@ class Runner:
             self._isolator = None
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
         """Run a case in a child; leave to pytest what is to be skipped or to run in this process."""
         case, _, mem = declaration(item)
+        self._nextitem = nextitem
         if not case:
             return self._run(item, isolate=self._settings.isolate_all or bool(item.get_closest_marker("isolated")))
-        lacking = gating.missing(case, mem, self._facts)
-        if case.may_hang_kernel and not self._settings.may_hang_kernel:
-            lacking.append(gating.NOT_ASKED_FOR)
+        lacking = self._lacking(case, mem)
         needed = 0 if lacking else gating.hugepages_needed(case, mem, self._settings.area_bytes_of(case))
         with self._turn(needed):
             if needed and (reason := lack_of_hugepages(self._facts.hugepage_size, needed)):
@@ -92,6 +97,12 @@ class Runner:
             if lacking:
                 self._refuse(item, lacking)
             return self._run(item, isolate=not lacking, hugepages=needed > 0)
+
+    def _lacking(self, case: Case, mem: MemType | None) -> list[gating.Missing]:
+        lacking = gating.missing(case, mem, self._facts)
+        if case.may_hang_kernel and not self._settings.may_hang_kernel:
+            lacking.append(gating.NOT_ASKED_FOR)
+        return lacking
 
     def _refuse(self, item: pytest.Item, lacking: list[gating.Missing]) -> None:
         """Have pytest skip a test, or fail it if what it lacks was required."""
@@ -136,6 +147,9 @@ class Runner:
         case, _, _ = declaration(item)
         deadline = self._settings.deadline_of(case)
         is_plain = plain.is_plain(item)
+        if case is not self._last_case:
+            self._last_case, self._together = case, []
+        together = self._together
         ending = self._launch(item, deadline) if is_plain else self._fork(item, deadline)
         if case and case.stress and ending.how is not How.DONE:
             ending.evidence.append(f"again: --stress-seed {self._settings.stress_seed}")
@@ -145,17 +159,25 @@ class Runner:
         if left:
             _fail_late(item, reports, "left behind", left)
         if self._health and (complaints := self._health.complaints()):
+            if together:
+                complaints.append(f"the same process ran before: {', '.join(together)}")
             _fail_late(item, reports, "the kernel complained", complaints)
+        if any(report.failed for report in reports):
+            self._together = []
         return reports
 
     def _launch(self, item: pytest.Item, deadline: float) -> Ending:
         """Run a plain case in a child of a process that does nothing else."""
         if not self._launcher:
             items = {item.nodeid: item for item in item.session.items}
-            self._launcher = Launcher(lambda name: lambda send: self._call(items[name], send), self._guarded)
+            self._launcher = Launcher(lambda name: self._ready(items[name]), self._guarded)
             if self._isolator:
                 self._isolator.spare(self._launcher.pid)
-        ending = self._launcher.run(item.nodeid, deadline=deadline)
+        case, variant, mem = declaration(item)
+        assert case
+        same, more = bool(self._together), self._goes_on(case)
+        ending = self._launcher.run(item.nodeid, deadline=deadline, same=same, more=more)
+        self._together = [*self._together, case.result_name(variant, mem)] if ending.rests else []
         if not self._launcher.alive:
             self._launcher.close()
             self._launcher = None
@@ -187,17 +209,30 @@ class Runner:
         if not failed:
             _send_leaks(send)
 
-    def _call(self, item: pytest.Item, send: Send) -> None:
-        """Run a plain case in the child and send what became of it."""
-        assert isinstance(item, pytest.Function)
+    def _goes_on(self, case: Case) -> bool:
+        """Whether what runs next is the same case, on other memory or in another variant."""
+        if not self._nextitem or case.stress or not plain.is_plain(self._nextitem):
+            return False
+        following, _, mem = declaration(self._nextitem)
+        return following is case and not self._lacking(case, mem)
+
+    def _ready(self, item: pytest.Item) -> Work:
+        """Prepare the child for a plain case and return what runs it."""
         case = self._place(item)
         capture = item.config.pluginmanager.getplugin("capturemanager")
         if capture and not (case and case.stress):  # which shows on the terminal how far it is
             capture.resume_global_capture()  # pytest does so in its own way to a test
+        return lambda send: self._call(item, case, send)
+
+    def _call(self, item: pytest.Item, case: Case | None, send: Send) -> bool:
+        """Run a plain case in the child and send what became of it; return whether all is well."""
+        assert isinstance(item, pytest.Function)
+        passed = False
         for outcome in plain.perform(item, self._settings.area_bytes_of(case)):
             send(outcome)
             if isinstance(outcome, plain.Passed):
-                _send_leaks(send)
+                passed = not _send_leaks(send)
+        return passed
 
     def _place(self, item: pytest.Item) -> Case | None:
         """Choose the CPU for a test; return the case that it declares."""
@@ -207,10 +242,12 @@ class Runner:
         return case
 
 
-def _send_leaks(send: Send) -> None:
-    """Send what a test left open; not after a failure, whose traceback keeps its frames alive, and what they hold."""
-    for fd in proc.userfaultfds():
-        send(Leak(f"userfaultfd {fd} is open"))
+def _send_leaks(send: Send) -> bool:
+    """Send what a test left open, if anything; not after a failure, whose traceback keeps its frames."""
+    leaks = [Leak(f"userfaultfd {fd} is open") for fd in proc.userfaultfds()]
+    for leak in leaks:
+        send(leak)
+    return bool(leaks)
 
 
 def _reports(item: pytest.Item, ending: Ending, *, is_plain: bool) -> list[pytest.TestReport]:
