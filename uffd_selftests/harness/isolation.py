@@ -391,7 +391,7 @@ def _perform(work: Work, sink: int, notes: int, before: list[object] | None) -> 
     send = _sender(sink)
     last, payload = _Tag.DONE, ""
     try:
-        if work(lambda record: send(_Tag.RECORD, record)) is True and before and proc.state() == before:
+        if work(lambda record: send(_Tag.RECORD, record)) is True and before and proc.is_in(before):
             last = _Tag.RESTING
     except BaseException as error:
         stack = reversed(traceback.extract_tb(error.__traceback__))

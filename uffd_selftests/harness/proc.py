@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,10 +22,14 @@ INITIALIZED = 1 << 31
 USERFAULTFD_LINK = "anon_inode:[userfaultfd]"
 
 VOLATILE = (
-    "State:", "FDSize:", "VmPeak:", "VmSize:", "VmHWM:", "VmRSS:", "RssAnon:", "RssFile:", "VmData:", "VmStk:",
-    "VmExe:", "VmLib:", "VmPTE:", "VmSwap:", "SigQ:", "voluntary_ctxt_switches:", "nonvoluntary_ctxt_switches:",
-)  # fmt: skip
+    *("State:", "FDSize:", "SigQ:", "voluntary_ctxt_switches:", "nonvoluntary_ctxt_switches:"),
+    *("VmPeak:", "VmSize:", "VmHWM:", "VmRSS:", "RssAnon:", "RssFile:", "VmData:", "VmStk:", "VmExe:", "VmLib:"),
+    *("VmPTE:", "VmSwap:"),
+    "Cpus_allowed",  # each case gets its own
+)
 """Lines of /proc/PID/status that say nothing of what a process has changed."""
+
+SETTLE_SECONDS = 0.005
 
 MAX_FRAMES = 10
 MAX_TASKS = 40
@@ -132,6 +137,16 @@ def state() -> list[object]:
     scheduling = [os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0)]
     timers = [signal.getitimer(timer) for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)]
     return [status, files, namespaces, scheduling, timers, os.getcwd(), sorted(_links("self")), has_children()]
+
+
+def is_in(before: list[object]) -> bool:
+    """Whether this process is in a state as it was; soon, for a thread that was joined takes a moment to vanish."""
+    until = time.monotonic() + SETTLE_SECONDS
+    while state() != before:
+        if time.monotonic() > until:
+            return False
+        time.sleep(SETTLE_SECONDS / 10)
+    return True
 
 
 def describe(members: list[Process]) -> list[str]:

@@ -61,14 +61,15 @@ class Runner:
         self._health = health
         """Set if nobody else runs cases now, so that what the kernel says and loses is the doing of the case."""
         self._guarded = list(guarded)
-        cpus = sorted(os.sched_getaffinity(0))
-        self._cpu = cpus[cpu % len(cpus)]
+        self._cpus = sorted(os.sched_getaffinity(0))
+        self._cpu = self._cpus[cpu % len(self._cpus)]
         """Where cases run that want a single CPU; another one for each worker."""
         self._launcher: Launcher | None = None
         """Runs plain cases."""
         self._together: list[str] = []
-        """The results so far of the process that waits in the launcher for more of the last case."""
-        self._last_case: Case | None = None
+        """The results so far of the process that waits in the launcher for the next one."""
+        self._shares = True
+        """Whether a process may run several cases: until the kernel complains, to know which one it means next time."""
         self._nextitem: pytest.Item | None = None
         self._isolator: Isolator | None = None
         """Runs everything else: what is forked here has whatever other plugins left in this process."""
@@ -111,6 +112,7 @@ class Runner:
             item.stash[REFUSAL] = f"{', '.join(required)} is required: {reason}"
         else:
             item.add_marker(pytest.mark.skip(reason=reason))
+        self._together = []  # what waits would have run this
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
@@ -147,8 +149,6 @@ class Runner:
         case, _, _ = declaration(item)
         deadline = self._settings.deadline_of(case)
         is_plain = plain.is_plain(item)
-        if case is not self._last_case:
-            self._last_case, self._together = case, []
         together = self._together
         ending = self._launch(item, deadline) if is_plain else self._fork(item, deadline)
         if case and case.stress and ending.how is not How.DONE:
@@ -160,7 +160,9 @@ class Runner:
             _fail_late(item, reports, "left behind", left)
         if self._health and (complaints := self._health.complaints()):
             if together:
-                complaints.append(f"the same process ran before: {', '.join(together)}")
+                others = f"{together[0]} and {len(together) - 1} more" if together[1:] else together[0]
+                complaints.append(f"the same process had run {others}; from now on each case has its own")
+            self._shares = False
             _fail_late(item, reports, "the kernel complained", complaints)
         if any(report.failed for report in reports):
             self._together = []
@@ -175,7 +177,7 @@ class Runner:
                 self._isolator.spare(self._launcher.pid)
         case, variant, mem = declaration(item)
         assert case
-        same, more = bool(self._together), self._goes_on(case)
+        same, more = bool(self._together), self._shares and self._goes_on(item, self._nextitem)
         ending = self._launcher.run(item.nodeid, deadline=deadline, same=same, more=more)
         self._together = [*self._together, case.result_name(variant, mem)] if ending.rests else []
         if not self._launcher.alive:
@@ -209,12 +211,12 @@ class Runner:
         if not failed:
             _send_leaks(send)
 
-    def _goes_on(self, case: Case) -> bool:
-        """Whether what runs next is the same case, on other memory or in another variant."""
-        if not self._nextitem or case.stress or not plain.is_plain(self._nextitem):
+    def _goes_on(self, item: pytest.Item, following: pytest.Item | None) -> bool:
+        """Whether the next item is a case of the same file, and both are fit to share a process."""
+        if not following or following.path != item.path or not plain.is_plain(following):
             return False
-        following, _, mem = declaration(self._nextitem)
-        return following is case and not self._lacking(case, mem)
+        cases = [declaration(item), declaration(following)]
+        return not any(case is None or case.stress or self._lacking(case, mem) for case, _, mem in cases)
 
     def _ready(self, item: pytest.Item) -> Work:
         """Prepare the child for a plain case and return what runs it."""
@@ -237,8 +239,8 @@ class Runner:
     def _place(self, item: pytest.Item) -> Case | None:
         """Choose the CPU for a test; return the case that it declares."""
         case, _, _ = declaration(item)
-        if case and not case.smp:
-            os.sched_setaffinity(0, {self._cpu})
+        if case:
+            os.sched_setaffinity(0, self._cpus if case.smp else {self._cpu})
         return case
 
 

@@ -630,11 +630,6 @@ static void *polling_handler_main(void *arg)
 	return NULL;
 }
 
-static void interrupted(int signo)
-{
-	(void)signo;	/* only to make a blocked read(2) return EINTR */
-}
-
 /* ---- the bounce ------------------------------------------------------------------------------------------- */
 
 static struct thread *thread_of(struct bounce *b, enum stress_role role, uint64_t number)
@@ -799,12 +794,10 @@ static bool init(struct bounce *b)
 int stress_bounce(const struct stress_config *config, struct stress_failure *failure)
 {
 	struct bounce b = { .c = config };
-	struct sigaction act = { .sa_handler = interrupted };
 	sigset_t all, old;
 
 	init_sync(&b);
 	/* Signals are for Python's main thread; only the one that ends a blocking read comes through. */
-	sigaction(SIGURG, &act, NULL);
 	sigfillset(&all);
 	sigdelset(&all, SIGURG);
 	pthread_sigmask(SIG_SETMASK, &all, &old);

@@ -642,6 +642,14 @@ static void interrupted(int signo)
 	(void)signo;	/* only to make a blocked read(2) return EINTR */
 }
 
+/* At once and for good: a case must leave its process as it was, and handlers may come and go side by side. */
+__attribute__((constructor)) static void let_urg_interrupt(void)
+{
+	struct sigaction act = { .sa_handler = interrupted };
+
+	sigaction(SIGURG, &act, NULL);
+}
+
 static void *handler_main(void *arg)
 {
 	struct uffd_handler *h = arg;
@@ -655,7 +663,6 @@ static void *handler_main(void *arg)
 
 struct uffd_handler *uffd_handler_start(const struct uffd_handler_config *config)
 {
-	struct sigaction act = { .sa_handler = interrupted };
 	struct uffd_handler *h = calloc(1, sizeof(*h));
 	sigset_t all, old;
 	int err;
@@ -673,7 +680,6 @@ struct uffd_handler *uffd_handler_start(const struct uffd_handler_config *config
 		return NULL;
 	}
 	/* Signals are for Python's main thread; only the one that ends a blocking read comes through. */
-	sigaction(SIGURG, &act, NULL);
 	sigfillset(&all);
 	sigdelset(&all, SIGURG);
 	pthread_sigmask(SIG_SETMASK, &all, &old);

@@ -131,6 +131,7 @@ def test_register_user_space_end(ctx: Context) -> None:
         ctx.uffd.register(last, MISSING)
         with faulting(ctx.uffd, last.start):
             ctx.uffd.copy(last.start, ctx.src.start, PAGE_SIZE)
+    unmap(last)
 
 
 @uffd_case("register-nothing-mapped", mem=(ANON,), pages=5, rows=("REG-07",))
