@@ -174,6 +174,7 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     if error := _name_clash(plan):
         raise pytest.UsageError(error)
     if not config.option.collectonly:
+        gc.freeze()  # what was collected stays: no need to look for garbage in it again and again
         if REPORTER in config.stash or any(declaration(item)[0] for item in session.items):
             config.stash[STEWARD].begin(plan)
     elif (fd := config.stash[SETTINGS].ktap_fd) is not None:

@@ -71,6 +71,7 @@ class Runner:
         self._shares = True
         """Whether a process may run several cases: until the kernel complains, to know which one it means next time."""
         self._nextitem: pytest.Item | None = None
+        self._known_lacks: dict[tuple[str, MemType | None], list[gating.Missing]] = {}
         self._isolator: Isolator | None = None
         """Runs everything else: what is forked here has whatever other plugins left in this process."""
 
@@ -100,10 +101,13 @@ class Runner:
             return self._run(item, isolate=not lacking, hugepages=needed > 0)
 
     def _lacking(self, case: Case, mem: MemType | None) -> list[gating.Missing]:
-        lacking = gating.missing(case, mem, self._facts)
-        if case.may_hang_kernel and not self._settings.may_hang_kernel:
-            lacking.append(gating.NOT_ASKED_FOR)
-        return lacking
+        known = self._known_lacks.get((case.name, mem))
+        if known is None:
+            known = gating.missing(case, mem, self._facts)
+            if case.may_hang_kernel and not self._settings.may_hang_kernel:
+                known.append(gating.NOT_ASKED_FOR)
+            self._known_lacks[case.name, mem] = known
+        return known
 
     def _refuse(self, item: pytest.Item, lacking: list[gating.Missing]) -> None:
         """Have pytest skip a test, or fail it if what it lacks was required."""
