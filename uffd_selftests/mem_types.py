@@ -13,7 +13,6 @@ from pathlib import Path
 from uffd_selftests.memory import (
     MAP_ANONYMOUS,
     MAP_FIXED,
-    MAP_FIXED_NOREPLACE,
     MAP_NORESERVE,
     MAP_PRIVATE,
     MAP_SHARED,
@@ -110,25 +109,6 @@ SHARED = (SHMEM, HUGETLB)
 PRIVATE = (ANON, SHMEM_PRIVATE, HUGETLB_PRIVATE)
 
 
-_place = 1 << 36
-"""Where the next reservation is tried: far below everything that the kernel places itself.
-
-It gives the highest gap that is large enough. A hole that a case makes in memory up there would soon be the
-interpreter's, and the case would find it mapped again, or unmap it.
-"""
-
-
-def _reserve(length: int) -> Range:
-    """Reserve address space, at a place not used before in this process; where the kernel likes, if need be."""
-    global _place
-    flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
-    for _ in range(16):
-        place, _place = _place, _place + length + _ALIGNMENT
-        with suppress(KernelError):  # EEXIST: somebody is there; ENOMEM: there is no such place
-            return Range(map_memory(length, at=place, prot=PROT_NONE, flags=flags | MAP_FIXED_NOREPLACE), length)
-    return Range(map_memory(length, prot=PROT_NONE, flags=flags), length)
-
-
 class Area:
     """A mapping of ``nr_pages`` pages of one memory type, PMD aligned, with unmapped gaps around it.
 
@@ -157,7 +137,9 @@ class Area:
         """Map the object at a fresh PMD-aligned place, with more around it: neighbours must not merge with it."""
         length = self.nr_pages * self.page_size
         alignment = max(_ALIGNMENT, self.page_size)
-        reservation = _reserve(length + 2 * alignment)
+        room = length + 2 * alignment
+        flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
+        reservation = Range(map_memory(room, prot=PROT_NONE, flags=flags), room)
         self._reservations.append(reservation)
         start = -(-(reservation.start + PAGE_SIZE) // alignment) * alignment
         flags = MAP_FIXED | (MAP_SHARED if self.mem.shared else MAP_PRIVATE)
