@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import errno
 import signal
+import time
 
 import pytest
 
 from uffd_selftests.common import Fault, Forked, Removed, expect, expect_errno
 from uffd_selftests.memory import Trap
+from uffd_selftests.processes import Channel, Child, ChildError
 from uffd_selftests.uapi import PagefaultFlag
 
 
@@ -39,3 +41,15 @@ def test_errno_by_name() -> None:
     with pytest.raises(AssertionError) as caught:
         expect_errno(OSError(errno.EPERM, ""), errno.EINVAL, "errno of the call")
     assert str(caught.value) == "errno of the call: expected EINVAL, got EPERM"
+
+
+def test_child_that_fails_says_why() -> None:
+    """Its own words are told also when they come a moment after its end of the channel has gone."""
+
+    def child(channel: Channel) -> None:
+        channel.close()
+        time.sleep(0.1)
+        raise AssertionError("the cause")
+
+    with pytest.raises(ChildError, match="the cause"), Child(child) as process:
+        process.receive()

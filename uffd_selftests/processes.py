@@ -16,7 +16,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -249,6 +249,10 @@ class ChildError(AssertionError):
     """A child process failed; the text says how."""
 
 
+class ChannelClosed(AssertionError):
+    """The other end of a channel is gone."""
+
+
 class Channel:
     """One end of a connection between two processes: objects (pickled), and file descriptors (SCM_RIGHTS)."""
 
@@ -272,7 +276,7 @@ class Channel:
         except TimeoutError:
             raise AssertionError(f"the other process sent nothing within {DEADLINE:g} seconds") from None
         if not data:
-            raise AssertionError("the other process ended before it sent anything")
+            raise ChannelClosed("the other process ended before it sent anything")
         return pickle.loads(data), fds
 
     def become_stdin(self) -> None:
@@ -340,7 +344,10 @@ class Child:
         """Receive from the child, with descriptors."""
         try:
             return self.channel.receive_fds()
-        except AssertionError:
+        except AssertionError as error:
+            if isinstance(error, ChannelClosed):  # who ends closes its files first, and is there for a moment more
+                with suppress(AssertionError):
+                    eventually(lambda: self.ended, "the child process to end")
             if self.ended:
                 self.wait()
             raise
