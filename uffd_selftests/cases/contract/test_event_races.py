@@ -114,6 +114,7 @@ def expect_first(where: Range, done: int, what: str) -> None:
     features=REMAP | Feature.POISON,
     pages=PLACES,
     rows=("EV-04",),
+    bugs=(6,),
     kind=Kind.DETAIL,
     smp=True,
 )
@@ -142,6 +143,7 @@ def test_fills_beside_remap(ctx: Context, variant: str) -> None:
     features=REMAP | Feature.MINOR_SHMEM,
     pages=1,
     rows=("EV-04",),
+    bugs=(6,),
     kind=Kind.DETAIL,
     smp=True,
 )
@@ -185,6 +187,7 @@ def test_writeprotect_beside_remap(ctx: Context) -> None:
     features=REMAP | Feature.MOVE,
     pages=PLACES,
     rows=("EV-04", "MV-26"),
+    bugs=(6,),
     kind=Kind.DETAIL,
     smp=True,
 )

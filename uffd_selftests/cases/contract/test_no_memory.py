@@ -231,6 +231,7 @@ def test_move_no_table(ctx: Context) -> None:
     features=Feature.MINOR_SHMEM | Feature.WP_HUGETLBFS_SHMEM,
     pages=1,
     rows=("NM-04",),
+    bugs=(57,),
     kind=Kind.DETAIL,
 )
 def test_writeprotect_no_table(ctx: Context) -> None:

@@ -68,7 +68,9 @@ def test_thp_fill(ctx: Context) -> None:
     undisturbed(ctx.uffd, lambda: area.expect_pattern_of(source))
 
 
-@uffd_case("thp-collapse-hole", mem=(ANON, SHMEM), needs=("thp",), pages=1, rows=("TH-02",), kind=Kind.DETAIL)
+@uffd_case(
+    "thp-collapse-hole", mem=(ANON, SHMEM), needs=("thp",), pages=1, rows=("TH-02",), bugs=(55,), kind=Kind.DETAIL
+)
 def test_thp_collapse_hole(ctx: Context) -> None:
     """MADV_COLLAPSE is EBUSY (before Linux 6.4 EINVAL) where a watched page is missing, and the page stays missing."""
     require_collapse(ctx)

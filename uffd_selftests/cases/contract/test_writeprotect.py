@@ -719,7 +719,13 @@ def expect_soft_dirty_tracked(ctx: Context, area: Area, *pages: int) -> None:
 
 
 @uffd_case(
-    "writeprotect-soft-dirty", mem=NOT_HUGETLB, features=WRITEPROTECT, pages=2, rows=("WP-07",), kind=Kind.DETAIL
+    "writeprotect-soft-dirty",
+    mem=NOT_HUGETLB,
+    features=WRITEPROTECT,
+    pages=2,
+    rows=("WP-07",),
+    bugs=(56,),
+    kind=Kind.DETAIL,
 )
 def test_writeprotect_soft_dirty(ctx: Context) -> None:
     """A page that was protected and un-protected again still counts as written, soft-dirty, from its next write on."""
@@ -1022,7 +1028,9 @@ def expect_free_in_child(ctx: Context, area: Area, *pages: int) -> None:
     ctx.uffd.expect_no_message()
 
 
-@uffd_case("writeprotect-fork", mem=ALL, features=WRITEPROTECT, pages=2, spare_hugepages=4, rows=("WP-18",))
+@uffd_case(
+    "writeprotect-fork", mem=ALL, features=WRITEPROTECT, pages=2, spare_hugepages=4, rows=("WP-18",), bugs=(58,)
+)
 def test_writeprotect_fork(ctx: Context) -> None:
     """Without UFFD_FEATURE_EVENT_FORK a child writes freely where its parent stays trapped."""
     area = filled(ctx)

@@ -190,6 +190,7 @@ def test_race_faults_events(ctx: Context) -> None:
     features=Feature.EVENT_REMAP | Feature.EVENT_UNMAP,
     pages=8,
     rows=("CP-14", "EV-18", "EV-19"),
+    bugs=(6,),
     smp=True,
 )
 def test_race_fills_remaps(ctx: Context) -> None:

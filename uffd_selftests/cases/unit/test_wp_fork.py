@@ -68,7 +68,7 @@ def wp_fork_pin(ctx: Context) -> None:
     expect_in_child(ctx, "in the child, of a page pinned there", pin=True)
 
 
-@uffd_case("wp-fork", mem=ALL, features=WRITEPROTECT, pages=2, rows=("WP-15", "WP-18", "WP-23"), bugs=(20, 21))
+@uffd_case("wp-fork", mem=ALL, features=WRITEPROTECT, pages=2, rows=("WP-15", "WP-18", "WP-23"), bugs=(20, 21, 58))
 def test_wp_fork(ctx: Context) -> None:
     """Write protection does not reach a child forked without UFFD_FEATURE_EVENT_FORK."""
     wp_fork(ctx)
@@ -95,7 +95,7 @@ def test_wp_fork_with_event(ctx: Context) -> None:
     pages=2,
     spare_hugepages=2,
     rows=("WP-35",),
-    bugs=(21,),
+    bugs=(21, 58),
 )
 def test_wp_fork_pin(ctx: Context) -> None:
     """Write protection of a pinned page does not reach a child forked without UFFD_FEATURE_EVENT_FORK."""
@@ -110,7 +110,7 @@ def test_wp_fork_pin(ctx: Context) -> None:
     pages=2,
     spare_hugepages=2,
     rows=("WP-35",),
-    bugs=(21,),
+    bugs=(21, 58),
 )
 def test_wp_fork_pin_with_event(ctx: Context) -> None:
     """Write protection of a pinned page is inherited by a child forked with UFFD_FEATURE_EVENT_FORK."""
