@@ -125,6 +125,8 @@ def test_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("make", "message"),
     [
         (lambda path: None, "no such file"),
+        (lambda path: path.write_bytes(b""), "is empty"),
+        (os.mkfifo, "is a pipe: name a file"),
         (lambda path: path.write_text("#!/bin/sh\n"), "is no kernel image, build tree or Debian package"),
         (lambda path: path.write_bytes(b"\x7fELF" + bytes(600)), "is an ELF file, not a boot image: name arch/"),
         (lambda path: path.write_bytes(bytes(0x38) + b"ARM\x64"), "is an image for arm64: say --arch arm64"),
@@ -152,6 +154,12 @@ def test_no_kernel(
     assert (out, err.count("\n")) == ("", 1)
     assert err.startswith(f"uffd-selftests: {path}")
     assert message in err
+
+
+def test_empty_path(capfd: pytest.CaptureFixture[str]) -> None:
+    """An empty path, of a variable that is not set, is not the current folder."""
+    assert command.main(["--kernel", ""]) == 2
+    assert capfd.readouterr() == ("", "uffd-selftests: --kernel: the path is empty\n")
 
 
 def test_package_without_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,8 +476,10 @@ def test_kvm_that_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[str] = []
     said: list[str] = []
 
-    def boot(how: str, _alive: Callable[[], None]) -> Ending:
+    def boot(how: str, alive: Callable[[], None]) -> Ending:
         tried.append(how)
+        if how == "tcg":
+            alive()
         return Ending(Watch(), 255)
 
     threads = [threading.Thread(target=accelerator.run, args=(boot, said.append)) for _ in range(2)]
@@ -479,6 +489,21 @@ def test_kvm_that_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
         thread.join()
     assert tried == ["kvm", "tcg", "tcg"]
     assert said == ["KVM is there but boots no kernel"]
+
+
+def test_kvm_and_what_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What boots nowhere says nothing about KVM: the next kernel tries it."""
+    monkeypatch.setattr(vng, "kvm_present", lambda: True)
+    accelerator = Accelerator("auto")
+    tried = []
+
+    def boot(how: str, _alive: Callable[[], None]) -> Ending:
+        tried.append(how)
+        return Ending(Watch(), 255)
+
+    for _ in range(2):
+        accelerator.run(boot, pytest.fail)
+    assert tried == ["kvm", "tcg"] * 2
 
 
 def test_kvm_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:

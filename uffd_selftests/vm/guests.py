@@ -53,7 +53,10 @@ class Ending:
 
 
 class Accelerator:
-    """KVM if a kernel has come to life with it, else emulation: found out once, by the first that boots."""
+    """KVM if a kernel has come to life with it, emulation if one did so only there: found out once, by the first.
+
+    A file that comes to life with neither tells nothing, and the next kernel is the first.
+    """
 
     def __init__(self, wanted: str) -> None:
         self._turn = threading.Lock()
@@ -72,8 +75,12 @@ class Accelerator:
                 ending = boot(vng.KVM, lambda: self._decide(vng.KVM, turn))
                 if self._known or ending.stopped:
                     return ending
-                say("KVM is there but boots no kernel")
-                self._decide(vng.TCG, turn)
+
+                def emulated() -> None:
+                    say("KVM is there but boots no kernel")
+                    self._decide(vng.TCG, turn)
+
+                return boot(vng.TCG, emulated)
         return boot(self._known, lambda: None)
 
     def _decide(self, accelerator: str, turn: contextlib.ExitStack) -> None:

@@ -57,8 +57,12 @@ def find(origin: str, arch: str) -> Kernel:
     """Return the kernel that a path names; raises ValueError with what is wrong with it."""
     path = Path(origin).absolute()
     try:
+        if not origin:  # else that would be the current folder
+            raise ValueError("--kernel: the path is empty")
         if path.is_dir():
             return _in_folder(path, arch)
+        if path.is_fifo():  # who opens it may wait for ever
+            raise ValueError(f"{origin} is a pipe: name a file")
         with path.open("rb") as file:
             start = file.read(HEADER)
         if start.startswith(DEB):
@@ -122,6 +126,8 @@ def _name(path: Path, start: bytes, arch: str) -> str:
     if start.startswith(ELF):
         raise ValueError(f"{path} is an ELF file, not a boot image: name {IMAGES[arch]}")
     kinds = {"x86_64": _has(start, X86), "arm64": any(_has(start, magic) for magic in ARM64)}
+    if not start:
+        raise ValueError(f"{path} is empty")
     if not any(kinds.values()):
         raise ValueError(f"{path} is no kernel image, build tree or Debian package")
     if not kinds[arch]:
