@@ -556,7 +556,7 @@ def test_continue_hugetlb_part(ctx: Context) -> None:
 D_BEYOND_EOF = Defect(
     id="D-CT-08",
     summary="UFFDIO_CONTINUE of shmem beyond the end of the file says EINVAL, like to a bad argument",
-    kernels="6.12.117, 6.18.44",
+    kernels="6.1.192, 6.12.117, 6.18.44",
     advice="Where the file may be truncated meanwhile, take EINVAL of UFFDIO_CONTINUE like EFAULT.",
     shows=r"expected EFAULT .*: EINVAL with mapped = -EINVAL",
 )
@@ -609,7 +609,7 @@ def test_continue_beyond_eof_refused(ctx: Context) -> None:
 D_NOT_OFFERED = Defect(
     id="D-CT-12",
     summary="UFFDIO_CONTINUE works on a range registered for missing faults only, which did not offer it",
-    kernels="6.12.117, 6.18.44",
+    kernels="6.1.192, 6.12.117, 6.18.44",
     advice="Nothing breaks; do not rely on it.",
     shows=r"expected EINVAL; the call succeeded",
 )

@@ -309,7 +309,7 @@ def test_register_anonymous_kinds(ctx: Context) -> None:
 DEV_ZERO = Defect(
     id="D-REG-18",
     summary="a private mapping of /dev/zero can be registered as MISSING, but COPY, ZEROPAGE and POISON say EFAULT",
-    kernels="6.12.117, 6.18.44",
+    kernels="6.12.117, 6.18.44; not 6.1.192",
     advice="map anonymous memory with MAP_ANONYMOUS instead of /dev/zero",
     shows=r"UFFDIO_\w+\(.*\): EFAULT with \w+ = -EFAULT",
 )
@@ -537,7 +537,7 @@ def test_register_droppable() -> None:
 SYSV = Defect(
     id="D-REG-12",
     summary="System V shared memory cannot be registered, though the documents list it",
-    kernels="6.12.117, 6.18.44",
+    kernels="6.1.192, 6.12.117, 6.18.44",
     advice="use memfd_create(2) or mmap(2) with MAP_SHARED instead of shmat(2)",
     shows=r"UFFDIO_REGISTER\(.*\): EINVAL",
 )
@@ -915,7 +915,7 @@ def test_register_wider(ctx: Context) -> None:
 NARROWER = Defect(
     id="D-REG-26",
     summary="registering a range again with fewer modes succeeds but leaves it in all of its modes",
-    kernels="6.12.117, 6.18.44",
+    kernels="6.1.192, 6.12.117, 6.18.44",
     advice="unregister the range first, then register it with the modes wanted",
     shows=r"expected UFFDIO_REGISTER_MODE_MISSING, got UFFDIO_REGISTER_MODE_MISSING\|UFFDIO_REGISTER_MODE_WP",
 )
@@ -974,7 +974,7 @@ STALE_WP = Defect(
     id="D-REG-28",
     summary="registering a WP range as MISSING leaves its pages marked as protected; nothing is reported any more: a "
     "write to such a page gets done, but on hugetlb it spins for ever in the fault",
-    kernels="6.12.117, 6.18.44; said to be refused with EBUSY since 7.3",
+    kernels="6.1.192, 6.12.117, 6.18.44; said to be refused with EBUSY since 7.3",
     advice="un-protect or unregister the range before registering it without WP",
     shows=r"expected PM_UFFD_WP clear in pagemap|again and again, without end: expected False, got True",
 )

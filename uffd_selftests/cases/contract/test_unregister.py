@@ -397,14 +397,14 @@ def unregister(ctx: Context) -> int:
 WP_SLEEPS_ON = Defect(
     id="D-UNR-11",
     summary="UFFDIO_UNREGISTER of a range registered as WP only leaves threads blocked in it asleep for good",
-    kernels="6.12.117, 6.18.44",
+    kernels="6.1.192, 6.12.117, 6.18.44",
     advice="follow every UFFDIO_UNREGISTER with an UFFDIO_WAKE of the same range",
     shows=r"threads that sleep on: expected 0, got 1",
 )
 MINOR_SLEEPS_ON = Defect(
     id="D-UNR-12",
     summary="UFFDIO_UNREGISTER of a range registered as MINOR only leaves threads blocked in it asleep for good",
-    kernels="6.12.117, 6.18.44",
+    kernels="6.1.192, 6.12.117, 6.18.44",
     advice="follow every UFFDIO_UNREGISTER with an UFFDIO_WAKE of the same range",
     shows=r"threads that sleep on: expected 0, got 1",
 )
