@@ -431,6 +431,15 @@ def test_last_words(tmp_path: Path) -> None:
     assert "line 0\nline 1\n" in (tmp_path / "console.txt").read_text()
 
 
+@pytest.mark.parametrize(
+    ("said", "shown"), [("", "the console was silent since the case began"), ("rcu: stall", "console: rcu: stall")]
+)
+def test_last_words_of_a_case(said: str, shown: str, tmp_path: Path) -> None:
+    """Nobody is shown what the console said before the case that is to blame."""
+    script = BOOTS + BEGINS + CASE.format("move on anon") + (f"echo '{said}' >&2; " if said else "") + "exit 255"
+    assert judge("6.99.0", run_shell(script, tmp_path)).diagnostics == [shown]
+
+
 def test_kernel_without_9p(tmp_path: Path) -> None:
     """A kernel that cannot read the host's files is told from one with a bug."""
     panic = "echo 'Kernel panic - not syncing: VFS: Unable to mount root fs on unknown-block(0,0)' >&2; exit 255"

@@ -37,6 +37,8 @@ def judge(name: str, ending: Ending) -> Result:
         reason += f" in {watch.running}"
     advice = [ROOT_ADVICE] if NO_ROOT in watch.panic else []
     words = [f"console: {line}" for line in watch.last_words()]
+    if watch.running and not words:
+        words = ["the console was silent since the case began"]
     return named(name, outcome, reason, [*advice, *words])
 
 

@@ -17,7 +17,7 @@ CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
 
 OWN = "uffd-selftests: "
 TAIL = 200
-"""How many of the console's last lines are remembered."""
+"""How many of the console's last lines are remembered, at most back to the beginning of the case."""
 SHOWN = 25
 """How many of them a diagnostic shows."""
 
@@ -63,6 +63,7 @@ class Watch:
         _, note, case = line.partition(NOTE)
         if note:
             self._case = case
+            self._tail.clear()  # what was said before has been looked at, and would only mislead
             return True
         if line.strip():
             self._tail.append(line)
