@@ -6,6 +6,7 @@ No kernel is booted here: in place of virtme-ng a shell says what a guest would 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -697,6 +698,23 @@ def test_full_disk(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     code, lines = lab.run(PASSES)
     assert (code, lines[-2]) == (1, "ok 1 6.99.1")
     assert document.trouble == "cannot write /dev/full: No space left on device"
+
+
+def test_full_disk_in_the_guest(lab: Lab) -> None:
+    """A kernel of which no result failed, but which is a failure, says why."""
+    code, lines = lab.run(PASSES + "echo 'uffd-selftests: cannot write the results: No space' >&2; exit 1")
+    assert (code, lines[-3:-1]) == (1, ["# cannot write the results: No space", "not ok 1 6.99.1"])
+
+
+def test_full_disk_before_anything_boots(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The document is not left without a result: it bails out."""
+
+    def unwritable(*_: object) -> list[str]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Guest, "run", unwritable)
+    code, lines = lab.run(PASSES)
+    assert (code, lines[-1]) == (1, "Bail out! cannot write the results: No space left on device")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -87,8 +87,13 @@ def main(args: argparse.Namespace, passed: Sequence[str]) -> int:
         except BrokenPipeError:
             return 128 + signal.SIGPIPE
         except OSError as error:
-            say(f"cannot write {error.filename or 'the results'}: {error.strerror}")
+            say(_unwritable(error))
             return EXIT_FAILED
+
+
+def _unwritable(error: OSError) -> str:
+    """Say what cannot be written, and why."""
+    return f"cannot write {error.filename or 'the results'}: {error.strerror}"
 
 
 def _check_kvm(arch: str) -> None:
@@ -224,6 +229,11 @@ class Session:
                     outcomes = [self._report(job, number, document) for number, job in enumerate(jobs, 1)]
             except Interrupted as interrupted:
                 document.write(f"Bail out! {interrupted}")
+                raise
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                document.write(f"Bail out! {_unwritable(error)}")
                 raise
             document.write(ktap.totals_line(Counter(outcomes)))
         if self._args.output:

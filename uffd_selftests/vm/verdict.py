@@ -31,7 +31,9 @@ def judge(name: str, ending: Ending) -> Result:
     watch = ending.watch
     if watch.totals and not watch.panic and ending.code in BY_EXIT_CODE:
         outcome = BY_EXIT_CODE[ending.code]
-        return named(name, outcome, NOTHING if outcome == "skip" else "")
+        blamed = any(match["ok"] == "not ok" for match in watch.results)
+        words = watch.messages if outcome == "fail" and not blamed else ()
+        return named(name, outcome, NOTHING if outcome == "skip" else "", words)
     outcome, reason = _why(ending)
     if watch.running:
         reason += f" in {watch.running}"
