@@ -463,6 +463,38 @@ def test_hang(script: str, reason: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert (result.outcome, result.reason) == ("timeout", reason)
 
 
+def test_last_of_a_group(tmp_path: Path) -> None:
+    """The folder of a machine is not removed before all its processes have gone, which would write there."""
+    mark = tmp_path / "mark"
+    with subprocess.Popen(["/bin/sh", "-c", f"(sleep 0.2; touch {mark}) & exit 255"], start_new_session=True) as shell:
+        shell.wait()
+        assert not mark.exists()
+        guests._await_end(shell.pid)
+    assert mark.exists()
+
+
+@pytest.mark.parametrize("reader", ["full", "gone"])
+def test_nobody_reads(reader: str, cli: Starter, tools: Path, tmp_path: Path) -> None:
+    """When the document cannot be written the exit code says so, and nothing else complains."""
+    image = write_image(tmp_path / "bzImage")
+    (tools / "vng").write_text("#!/bin/sh\nexec sleep 1000\n")
+    env = {"PATH": f"{tools}:{os.environ['PATH']}"}
+    arguments = ["--kernel", str(image), "--vm-accel", "tcg", "-f", "UFFDIO_API"]
+    if reader == "full":
+        stdout = os.open("/dev/full", os.O_WRONLY)
+    else:
+        end, stdout = os.pipe()
+        os.close(end)
+    run = subprocess.run(
+        [sys.executable, "-m", "uffd_selftests", *arguments],
+        stdout=stdout, stderr=subprocess.PIPE, text=True, env={**os.environ, **env}, check=False,
+    )  # fmt: skip
+    os.close(stdout)
+    said = ["uffd-selftests: cannot write the results: No space left on device"] if reader == "full" else []
+    assert run.stderr.splitlines() == ["uffd-selftests: 6.99.0-test: booting, emulated", *said]
+    assert run.returncode == (1 if reader == "full" else 128 + signal.SIGPIPE)
+
+
 def test_console_cannot_be_written(tmp_path: Path) -> None:
     """The run goes on, and the trouble is told."""
     (tmp_path / "console.txt").symlink_to("/dev/full")

@@ -137,7 +137,8 @@ class Soak:
         self._folder = folder
         self._group = group
         copy = cleanup.enter_context((folder / "results.tap").open("w"))
-        self._ktap = ktap.Writer(sys.stdout, copy)
+        stdout = os.fdopen(1, "w", closefd=False)  # sys.stdout would try again to write, at the program's end
+        self._ktap = ktap.Writer(stdout, copy)
         self._rounds = 0
         self._results = 0
         self._deviations: dict[str, list[str]] = {}

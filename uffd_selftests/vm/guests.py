@@ -33,6 +33,9 @@ BOOT_SECONDS = {vng.KVM: 90.0, vng.TCG: 240.0}
 MARGIN_SECONDS = 60.0
 """How much longer than a case may take until it is the kernel that hangs."""
 
+END_SECONDS = 5.0
+"""How long what was killed may take to die."""
+
 GUARD = 'read -r _; kill -s KILL -- "-$1" 2>/dev/null; rm -rf -- "$2"'
 """A shell that outlives this process, however it ends, and then ends the virtual machine."""
 
@@ -139,9 +142,19 @@ class Guest:
                     with self._lock:
                         self._kill()
                         code = process.wait()
+                    _await_end(process.pid)
                     shell.kill()
             attendant.close()
         return Ending(watch, code, timeout, attendant.trouble, self._stopped)
+
+
+def _await_end(group: int) -> None:
+    """Wait until all processes of a group have come to their end: what was killed may still write a file."""
+    until = time.monotonic() + END_SECONDS
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < until:
+            os.killpg(group, 0)
+            time.sleep(0.005)
 
 
 class _Attendant:

@@ -169,6 +169,7 @@ class Document:
     """The KTAP of the whole run, on stdout and in a file."""
 
     def __init__(self, copy: Path) -> None:
+        self._stdout = os.fdopen(1, "w", closefd=False)  # sys.stdout would try again to write, at the program's end
         self._file: TextIO | None = copy.open("w")
         self.trouble = ""
         """Why the file is not whole."""
@@ -176,8 +177,8 @@ class Document:
     def write(self, *lines: str) -> None:
         """Write lines, at once; raises BrokenPipeError when nobody reads them."""
         text = "".join(f"{line}\n" for line in lines)
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        self._stdout.write(text)
+        self._stdout.flush()
         if not self._file:
             return
         try:
