@@ -378,6 +378,29 @@ def test_interrupt(cli: Starter, suite: SuiteWriter, number: signal.Signals, wor
     assert "Traceback" not in run.stderr
 
 
+LOADING = """
+import os, runpy, signal, sys
+class Interrupted:
+    def find_spec(self, name, *_):
+        if name == "uffd_selftests.{module}":
+            os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests were started with
+sys.meta_path.insert(0, Interrupted())
+sys.argv[1:] = {arguments}
+runpy.run_module("uffd_selftests", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"), [("cli", []), ("vm.session", ["--kernel", "none"]), ("soak", ["--soak", "1m"])]
+)
+def test_interrupt_while_loading(module: str, arguments: list[str]) -> None:
+    """Before the run has begun Ctrl-C ends it without a word."""
+    call = [sys.executable, "-c", LOADING.format(module=module, arguments=arguments)]
+    result = subprocess.run(call, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, "", "")
+
+
 @needs_userfaultfd
 def test_reader_goes_away(cli: Starter, suite: SuiteWriter) -> None:
     """``run_tests.sh | head -1`` ends the run without a word."""

@@ -463,13 +463,14 @@ def test_hang(script: str, reason: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert (result.outcome, result.reason) == ("timeout", reason)
 
 
-def test_last_of_a_group(tmp_path: Path) -> None:
+def test_last_of_a_machine(tmp_path: Path) -> None:
     """The folder of a machine is not removed before all its processes have gone, which would write there."""
     mark = tmp_path / "mark"
-    with subprocess.Popen(["/bin/sh", "-c", f"(sleep 0.2; touch {mark}) & exit 255"], start_new_session=True) as shell:
+    script = f"(sleep 0.2; touch {mark}) & exit 255"
+    with subprocess.Popen(["/bin/sh", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as shell:
         shell.wait()
         assert not mark.exists()
-        guests._await_end(shell.pid)
+        guests._await_end(shell)
     assert mark.exists()
 
 

@@ -187,6 +187,8 @@ def _run(args: argparse.Namespace, passed: list[str]) -> int:
     ktap_fd = os.dup(1)  # not inherited by other programs
     os.dup2(output, 1)
     witness = _Witness()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see __main__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     status: int = pytest.ExitCode.INTERRUPTED
     with contextlib.suppress(KeyboardInterrupt):  # before pytest heeds it, or when pytest has finished
         status = pytest.main([*_pytest_arguments(args, passed, ktap_fd), *passed], plugins=[witness])

@@ -142,19 +142,22 @@ class Guest:
                     with self._lock:
                         self._kill()
                         code = process.wait()
-                    _await_end(process.pid)
+                    _await_end(process)
                     shell.kill()
             attendant.close()
         return Ending(watch, code, timeout, attendant.trouble, self._stopped)
 
 
-def _await_end(group: int) -> None:
-    """Wait until all processes of a group have come to their end: what was killed may still write a file."""
+def _await_end(process: subprocess.Popen[bytes]) -> None:
+    """Wait until nobody has the streams of a process open any more: what was killed may still make a file."""
     until = time.monotonic() + END_SECONDS
-    with contextlib.suppress(ProcessLookupError):
-        while time.monotonic() < until:
-            os.killpg(group, 0)
-            time.sleep(0.005)
+    with selectors.DefaultSelector() as selector:
+        for stream in filter(None, (process.stdout, process.stderr)):
+            selector.register(stream, selectors.EVENT_READ)
+        while selector.get_map() and (left := until - time.monotonic()) > 0:
+            for key, _ in selector.select(left):
+                if not os.read(key.fd, 1 << 16):
+                    selector.unregister(key.fileobj)
 
 
 class _Attendant:
