@@ -36,8 +36,8 @@ MARGIN_SECONDS = 60.0
 END_SECONDS = 5.0
 """How long what was killed may take to die."""
 
-GUARD = 'read -r _; kill -s KILL -- "-$1" 2>/dev/null; rm -rf -- "$2"'
-"""A shell that outlives this process, however it ends, and then ends the virtual machine."""
+GUARD = 'read -r _; exec 2>/dev/null; kill -s KILL -- "-$1"; rm -rf -- "$2" || { sleep 1; rm -rf -- "$2"; }'
+"""A shell that outlives this process, however it ends, and then ends the virtual machine, which takes it a moment."""
 
 
 @dataclass(frozen=True)
