@@ -27,6 +27,7 @@ from uffd_selftests.harness import reporter
 from uffd_selftests.harness.results import Planned
 from uffd_selftests.vm import check, guests, images, session, userland, vng
 from uffd_selftests.vm.guests import Accelerator, Ending, Guest
+from uffd_selftests.vm.images import Kernel
 from uffd_selftests.vm.verdict import judge
 from uffd_selftests.vm.watch import Lines, Watch
 
@@ -532,6 +533,27 @@ def test_kvm_that_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
         thread.join()
     assert tried == ["kvm", "tcg", "tcg"]
     assert said == ["KVM is there but boots no kernel"]
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_kvm_is_tried_early(works: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is ended once it lives tells whether KVM works; in vain it is not tried with that kernel again."""
+    monkeypatch.setattr(vng, "kvm_present", lambda: True)
+    accelerator = Accelerator("auto")
+    said = "Linux version 6.99.0" if works else "nothing"
+    guest = Guest(Kernel(tmp_path, "6.99.0", tmp_path), tmp_path)
+    started = time.monotonic()
+    accelerator.try_early(guest, lambda: ["/bin/sh", "-c", f"echo {said} >&2; {'sleep 1000' if works else ''}"])
+    assert time.monotonic() - started < 500, "the machine was not ended"
+    tried = []
+
+    def boot(how: str, _alive: Callable[[], None]) -> Ending:
+        tried.append(how)
+        return Ending(Watch(), 255)
+
+    accelerator.run(boot, pytest.fail, "6.99.0")
+    accelerator.run(boot, pytest.fail, "other")
+    assert tried == (["kvm", "kvm"] if works else ["tcg", "kvm", "tcg"])
 
 
 def test_kvm_and_what_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,18 +66,35 @@ class Accelerator:
         self._known = wanted
         if wanted == AUTO:
             self._known = "" if vng.kvm_present() else vng.TCG
+        self._failed = ""
+        """The kernel that did not come to life with KVM when that was tried early."""
 
-    def run(self, boot: Callable[[str, Callable[[], None]], Ending], say: Callable[[str], None]) -> Ending:
-        """Boot with what works. While the first tries KVM the others wait.
+    def try_early(self, guest: Guest, command: Callable[[], Sequence[str]]) -> None:
+        """Boot a machine with KVM, if that may work, and end it as soon as the kernel is alive."""
+
+        def alive() -> None:
+            self._known = vng.KVM
+            guest.stop()
+
+        with self._turn:
+            if not self._known:
+                guest.run(command(), vng.KVM, KVM_SECONDS, lambda _: None, alive)
+                self._failed = "" if self._known else guest.kernel.name
+
+    def run(
+        self, boot: Callable[[str, Callable[[], None]], Ending], say: Callable[[str], None], kernel: str = ""
+    ) -> Ending:
+        """Boot a kernel with what works. While the first tries KVM the others wait.
 
         boot is given the accelerator and a function to call as soon as the kernel is alive.
         """
         with contextlib.ExitStack() as turn:
             turn.enter_context(self._turn)
             if not self._known:
-                ending = boot(vng.KVM, lambda: self._decide(vng.KVM, turn))
-                if self._known or ending.stopped:
-                    return ending
+                if not kernel or kernel != self._failed:
+                    ending = boot(vng.KVM, lambda: self._decide(vng.KVM, turn))
+                    if self._known or ending.stopped:
+                        return ending
 
                 def emulated() -> None:
                     say("KVM is there but boots no kernel")

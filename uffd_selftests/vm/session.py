@@ -9,6 +9,8 @@ what came out of it; like the KTAP it blames the case that was running and skips
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import json
 import os
 import queue
@@ -72,10 +74,12 @@ def main(args: argparse.Namespace, passed: Sequence[str]) -> int:
                 raise ValueError(lacking)
             if args.vm_accel == vng.KVM:
                 _check_kvm(args.arch)
-            plan = _plan(args, passed)
-            programs = userland.prepare(args.arch, say) if args.arch != native() else None
             folder = args.output or Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix=f"{PROGRAM}-")))
-            return exit_code(Session(args, passed, folder.resolve(), plan, programs).run(kernels))
+            session = Session(args, passed, folder.resolve())
+            with session.trying_kvm(kernels[0]):
+                plan = _plan(args, passed)
+            programs = userland.prepare(args.arch, say) if args.arch != native() else None
+            return exit_code(session.run(kernels, plan, programs))
         except ValueError as error:
             say(str(error))
             return EXIT_USAGE
@@ -208,20 +212,35 @@ class Job:
 class Session:
     """Boots kernels, several at once if asked to, and reports them in their order."""
 
-    def __init__(
-        self, args: argparse.Namespace, passed: Sequence[str], folder: Path, plan: Plan,
-        programs: userland.Userland | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, args: argparse.Namespace, passed: Sequence[str], folder: Path) -> None:
         self._args = args
         self._passed = passed
         self._folder = folder
-        self._plan = plan
-        self._accelerator = Accelerator(vng.TCG if programs else args.vm_accel)
+        self._plan = Plan([], [])
+        self._accelerator = Accelerator(args.vm_accel if args.arch == native() else vng.TCG)
         extra = (tuple(args.vm_append), tuple(args.vm_qemu))
-        self._shape = vng.Shape(args.arch, args.vm_memory, args.vm_cpus, *extra, programs)
+        self._shape = vng.Shape(args.arch, args.vm_memory, args.vm_cpus, *extra)
 
-    def run(self, kernels: Sequence[Kernel]) -> list[str]:
-        """Run all and return their outcomes; raises OSError when nothing can be written, Interrupted."""
+    @contextlib.contextmanager
+    def trying_kvm(self, kernel: Kernel) -> Iterator[None]:
+        """Find out meanwhile whether KVM works."""
+        with tempfile.TemporaryDirectory(prefix=f"{PROGRAM}-") as scratch, ThreadPoolExecutor(1) as thread:
+            guest = Guest(kernel, Path(scratch))
+            command = functools.partial(vng.command, kernel, self._shape, vng.KVM, guest.folder, [])
+            trial = thread.submit(self._accelerator.try_early, guest, command)
+            try:
+                yield
+                trial.result()
+            finally:
+                guest.stop()
+
+    def run(self, kernels: Sequence[Kernel], plan: Plan, programs: userland.Userland | None = None) -> list[str]:
+        """Run all and return their outcomes; raises OSError when nothing can be written, Interrupted.
+
+        programs are the guest's, where it cannot run the host's.
+        """
+        self._plan = plan
+        self._shape = dataclasses.replace(self._shape, userland=programs)
         self._folder.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(Document(self._folder / "results.tap")) as document:
             try:
@@ -274,7 +293,8 @@ class Session:
     def _start(self, job: Job) -> Ending:
         """Boot a kernel with what works here and run the suite in it."""
         try:
-            return self._accelerator.run(lambda accelerator, alive: self._boot(job, accelerator, alive), say)
+            boot = functools.partial(self._boot, job)
+            return self._accelerator.run(boot, say, job.kernel.name)
         finally:
             job.lines.put(None)
 
