@@ -7,15 +7,18 @@ import mmap
 import os
 import resource
 import signal
+import tempfile
 import threading
 import time
 from typing import TYPE_CHECKING
 
 import pytest
 
+from uffd_selftests.harness import launcher as launcher_module
 from uffd_selftests.harness import proc
 from uffd_selftests.harness.isolation import How
 from uffd_selftests.harness.launcher import Launcher
+from uffd_selftests.memory import MAP_ANONYMOUS, MAP_PRIVATE, map_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,6 +27,15 @@ if TYPE_CHECKING:
 
 
 SHARED = mmap.mmap(-1, 4096)
+mapped: list[object] = []
+
+
+def vanish() -> None:
+    """Remove the current folder."""
+    os.chdir(folder := tempfile.mkdtemp())
+    os.rmdir(folder)
+
+
 CHANGES: dict[str, Callable[[], object]] = {
     "umask": lambda: os.umask(0o777),
     "signal": lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
@@ -37,6 +49,12 @@ CHANGES: dict[str, Callable[[], object]] = {
     "nice": lambda: os.nice(1),
     "folder": lambda: os.chdir("/"),
     "shared memory": lambda: SHARED.write(b"x"),
+    "mapping": lambda: mapped.append(map_memory(4096, flags=MAP_PRIVATE | MAP_ANONYMOUS)),
+    "shared mapping": lambda: mapped.append(mmap.mmap(-1, 4096)),
+    "environment": lambda: os.environ.update(CHANGED="1"),
+    "handler": lambda: signal.signal(signal.SIGSEGV, lambda *_: None),
+    "deleted folder": vanish,
+    "no descriptors": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0)),
 }
 """What a piece of work may change of its process, so that the next must not run in it."""
 
@@ -53,6 +71,14 @@ def find(name: str) -> Work:
         elif name == "daemon" and not os.fork():
             os.setsid()
             time.sleep(1000)
+        elif name == "stop the launcher":
+            os.kill(os.getppid(), signal.SIGSTOP)
+            time.sleep(1000)
+        elif name == "fatal child":
+            pid = os.fork()
+            if not pid:
+                os.abort()
+            os.waitpid(pid, 0)
         elif name == "fail":
             raise RuntimeError
         elif name in CHANGES:
@@ -86,28 +112,29 @@ def test_work_is_found_by_name(launcher: Launcher) -> None:
 def test_a_process_may_do_more(launcher: Launcher) -> None:
     """One process does several pieces of work as long as it is told to, succeeds and stays as it was."""
 
-    def pid(name: str, *, same: bool, more: bool) -> object:
-        ending = launcher.run(name, deadline=30, same=same, more=more)
+    def pid(name: str, *, more: bool) -> object:
+        ending = launcher.run(name, deadline=30, more=more)
         assert (ending.how, ending.records[1]) == (How.DONE, [name, launcher.pid])
         return ending.records[0]
 
-    first = pid("do", same=False, more=True)
-    assert pid("do", same=True, more=True) == first
-    assert pid("do", same=True, more=False) == first
+    first = pid("do", more=True)
+    assert pid("do", more=True) == first
+    assert pid("do", more=False) == first
     assert first not in proc.processes(), "it is there after the last piece"
-    second = pid("do", same=False, more=True)
-    third = pid("do", same=False, more=True)
-    assert pid("do badly", same=True, more=True) == third
-    fourth = pid("do", same=True, more=True)
+    second = pid("do", more=True)
+    launcher.dismiss()
+    third = pid("do", more=True)
+    assert pid("do badly", more=True) == third
+    fourth = pid("do", more=True)
     assert len({first, second, third, fourth}) == 4
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_process_does_no_more(launcher: Launcher, change: str) -> None:
     """What a piece of work changes of its process does not reach the next one."""
-    first = launcher.run(change, deadline=30, same=False, more=True)
+    first = launcher.run(change, deadline=30, more=True)
     assert (first.how, first.rests) == (How.DONE, False)
-    second = launcher.run("do", deadline=30, same=True, more=True)
+    second = launcher.run("do", deadline=30, more=True)
     assert second.records[0] != first.records[0]
     assert second.rests
 
@@ -116,9 +143,39 @@ def test_a_resting_process_may_fail(launcher: Launcher) -> None:
     """What ends a process that has done work before is told as ever, and the next one is new."""
     for name, how in (("hang", How.TIMEOUT), ("fail", How.ERROR), ("daemon", How.DONE)):
         assert launcher.run("do", deadline=30, more=True).rests
-        ending = launcher.run(name, deadline=0.3 if name == "hang" else 30, same=True, more=True)
+        ending = launcher.run(name, deadline=0.3 if name == "hang" else 30, more=True)
         assert (ending.how, ending.rests, len(ending.leftovers)) == (how, False, name == "daemon")
-        assert launcher.run("do", deadline=30, same=True).how is How.DONE
+        assert launcher.run("do", deadline=30).how is How.DONE
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_resting_process_may_die(launcher: Launcher, number: signal.Signals) -> None:
+    """A process that dies while it waits is told of, but for the kernel's want of memory; the next one is new."""
+    resting = launcher.run("do", deadline=30, more=True).records[0]
+    assert isinstance(resting, int)
+    os.kill(resting, number)
+    while proc.children(launcher.pid)[resting].state != "Z":
+        time.sleep(0.001)
+    ending = launcher.run("do", deadline=30)
+    said = ["the process of the results before was killed by SIGSEGV while it waited"]
+    assert (ending.how, ending.leftovers) == (How.DONE, said if number == signal.SIGSEGV else [])
+    assert ending.records[0] != resting
+
+
+def test_what_was_noted_is_not_told_of_the_next(launcher: Launcher) -> None:
+    """What faulthandler wrote for one piece of work is no evidence against the next."""
+    assert launcher.run("fatal child", deadline=30, more=True).rests
+    ending = launcher.run("hang", deadline=0.3)
+    assert not any("Fatal" in line for line in ending.evidence)
+
+
+def test_a_launcher_that_does_not_answer(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher that stands still is given up."""
+    monkeypatch.setattr(launcher_module, "LATE_SECONDS", 0.1)
+    monkeypatch.setattr(launcher_module, "CLOSE_SECONDS", 0.1)
+    ending = launcher.run("stop the launcher", deadline=0.3)
+    assert (ending.how, ending.reason) == (How.ERROR, "the process that starts the cases does not answer")
+    assert not launcher.alive
 
 
 def test_hang_and_leftovers(launcher: Launcher) -> None:

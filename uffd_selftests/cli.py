@@ -63,6 +63,7 @@ def parser() -> Parser:
     for each in OPTIONS:
         add(each.flag, metavar=each.metavar, help=f"{each.help} [{each.variable}]")
     add(MAY_HANG_KERNEL.flag, action="store_true", help=f"{MAY_HANG_KERNEL.help} [{MAY_HANG_KERNEL.variable}]")
+    add("--no-sharing", action="store_true", help="run each result in a process of its own")
     add("--no-isolation", action="store_true", help="run cases in one process, for a debugger")
     add("--soak", metavar="TIME", type=_duration,
         help="repeat all for TIME in two workers, with short memory: what differs or is left behind fails")  # fmt: skip
@@ -119,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_probe(args, passed)
         if not args.kernel and (flags := machine_options(args)):
             raise ValueError(f"{flags[0]} needs --kernel: it shapes the machine that the kernel is booted in")
+        if args.soak and args.no_isolation:
+            raise ValueError("--soak needs processes for the cases: leave --no-isolation out")
         if args.output and not args.list:
             _make_ready(args.output)
     except ValueError as error:
@@ -221,6 +224,8 @@ def _pytest_arguments(args: argparse.Namespace, passed: list[str], ktap_fd: int)
         yield "--strict-defects"
     if args.may_hang_kernel:
         yield MAY_HANG_KERNEL.flag
+    if args.no_sharing:
+        yield "--no-sharing"
     if args.no_isolation:
         yield "--no-isolation"
     if args.kmsg:
@@ -304,7 +309,7 @@ def _selection(args: argparse.Namespace) -> list[str]:
         chosen.append(f"-k {args.keyword}")
     if args.documented_only:
         chosen.append("--documented-only")
-    return chosen or ["path"]
+    return chosen or ["arguments behind --"]
 
 
 def _tail(output: int) -> str:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from ctypes import addressof, sizeof
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import Enum, IntEnum
 from functools import cached_property
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -101,13 +101,26 @@ def expect(observed: object, expected: object, what: str) -> None:
 
 
 def _told(value: object) -> object:
-    """Return what names a value: str() of a signal is its number."""
-    return value.name if isinstance(value, signal.Signals) else value
+    """Return what names a value, in a container too: str() of a signal is its number, repr() of flags has both."""
+    if isinstance(value, signal.Signals):
+        return value.name
+    if isinstance(value, Enum):
+        return str(value)
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):  # not the named ones: they tell themselves
+        parts = ", ".join(f"{_told(part)}" if isinstance(part, (Enum, tuple, list)) else repr(part) for part in value)
+        return f"[{parts}]" if isinstance(value, list) else f"({parts})"
+    return value
 
 
 def expect_errno(error: OSError, number: int, what: str) -> None:
     """Assert that a call failed with this errno; a failure names both."""
     expect(errno_name(error.errno or 0), errno_name(number), what)
+
+
+def expect_failed(error: UffdError, number: int) -> None:
+    """Assert that a request failed with this errno and put it, negative, into its output field."""
+    output = error.output if error.output is None else errno_name(error.output)
+    expect((errno_name(error.errno or 0), output), (errno_name(number), errno_name(-number)), "errno and output field")
 
 
 @contextmanager
@@ -325,7 +338,7 @@ class Uffd:
         if via in (None, "syscall"):
             ret = lib.uffd_syscall(uapi.NR_USERFAULTFD, flags, 0, 0, 0, 0, 0)
             if ret >= 0 or via == "syscall" or not os.access("/dev/userfaultfd", os.R_OK | os.W_OK):
-                return cls(checked(ret, f"userfaultfd({flags:#x})"))
+                return cls(checked(ret, f"userfaultfd({flag_names(flags)})"))
         device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
         try:
             ret = lib.uffd_ioctl(device, uapi.USERFAULTFD_IOC_NEW, flags)
@@ -779,6 +792,10 @@ class ContextHook(Protocol):
         """Prepare the context."""
 
 
+MODEST_BYTES = 1 << 30
+"""An area of this size, which no case takes by itself, can be mapped on every machine."""
+
+
 class Context:
     """What a case works on: a userfaultfd, a source area and a destination area of one memory type.
 
@@ -823,6 +840,9 @@ class Context:
         except KernelError as error:
             if error.errno == errno.ENOMEM and self.mem.hugetlb:
                 raise Skip(f"{nr_pages or self.nr_pages} huge pages cannot be reserved: {error}") from None
+            size = (nr_pages or self.nr_pages) * self.page_size
+            if error.errno == errno.ENOMEM and size > MODEST_BYTES:
+                raise Skip(f"{size >> 20} MiB cannot be mapped: {error}: choose a smaller --area-mib") from None
             raise
         self._areas.append(area)
         return area
@@ -1010,6 +1030,9 @@ class Region(NamedTuple):
     end: int
     categories: PageCategory
 
+    def __repr__(self) -> str:
+        return f"[{self.start:#x}, {self.end:#x}) {self.categories}"
+
 
 class Scan(NamedTuple):
     """What one PAGEMAP_SCAN found."""
@@ -1017,6 +1040,9 @@ class Scan(NamedTuple):
     regions: list[Region]
     walk_end: int
     """The address at which it stopped looking."""
+
+    def __repr__(self) -> str:
+        return f"{self.regions}, looking until {self.walk_end:#x}"
 
 
 class Pagemap:

@@ -124,21 +124,24 @@ class Range:
 TABLE_BYTES = PAGE_SIZE * PAGE_SIZE // 8
 """What one page table maps."""
 
-_place = 1 << 36
-"""Where the next mapping is tried: far below everything that the kernel places itself.
+FIRST_PLACE, LAST_PLACE = 1 << 36, 1 << 38
+"""Where the cases' own mappings lie: far below everything that the kernel places itself.
 
 It gives the highest gap that is large enough. A hole that a case makes in memory up there would soon be the
 interpreter's, or a thread's stack, and the case would find it mapped again, or unmap it.
 """
+_place = FIRST_PLACE
 
 
 def map_memory(
     length: int, *, at: int = 0, prot: int = PROT_READ | PROT_WRITE, flags: int, fd: int = -1, offset: int = 0
 ) -> int:
     """mmap(2); returns the address, which is none used before in this process, unless ``at`` says where."""
-    global _place
+    global _place  # noqa: PLW0603  # per process, as addresses are
     if not at:
         at, _place = _place, _place + (length // TABLE_BYTES + 2) * TABLE_BYTES
+        if _place > LAST_PLACE:
+            _place = FIRST_PLACE
     call = f"mmap({at:#x}, {length}, prot={prot:#x}, flags={flags:#x}, fd={fd})"
     return checked(lib.uffd_mmap(at, length, prot, flags, fd, offset), call)
 

@@ -400,6 +400,10 @@ def _perform(work: Work, sink: int, notes: int, before: list[object] | None) -> 
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
+    if last is _Tag.RESTING:  # what was noted belongs to this work, not to the next
+        faulthandler.cancel_dump_traceback_later()
+        os.ftruncate(notes, 0)
+        os.lseek(notes, 0, os.SEEK_SET)
     send(last, payload)
     return last is _Tag.RESTING
 

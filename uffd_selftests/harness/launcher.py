@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
     from uffd_selftests.harness.isolation import Child, Work
 
+LATE_SECONDS = 60.0
+"""How long after the deadline it may still look into what hung and kill it, before it is given up itself."""
+OOM_KILL = "killed by SIGKILL"
+"""What becomes of a process that waits when the kernel is short of memory: nobody's fault."""
 CLOSE_SECONDS = 15.0
 """How long it may take to clear away what is running: longer than the Isolator tries."""
 
@@ -50,19 +54,26 @@ class Launcher:
         self.alive = True
         """False when it died on its own: it is of no use then."""
 
-    def run(self, name: str, *, deadline: float, same: bool = False, more: bool = False) -> Ending:
+    def run(self, name: str, *, deadline: float, more: bool = False) -> Ending:
         """Run the work of this name and return how that ended; deadline is in seconds from now.
 
-        With more, its process may do the next work as well, if it is as it was; with same, the last one's does this.
+        With more, its process does the next work as well, if this one went well and has left it as it was.
         """
         started = time.monotonic()
         with contextlib.suppress(OSError, EOFError):
-            self._channel.send((name, deadline, same, more))
-            ending: Ending = self._channel.recv()
-            return ending
+            self._channel.send((name, deadline, more))
+            if self._channel.poll(deadline + LATE_SECONDS):
+                ending: Ending = self._channel.recv()
+                return ending
         self.alive = False
         seconds = time.monotonic() - started
-        return Ending(How.ERROR, "the process that starts the cases died", [], [], [], seconds)
+        what = "died" if seconds < deadline + LATE_SECONDS else "does not answer"
+        return Ending(How.ERROR, f"the process that starts the cases {what}", [], [], [], seconds)
+
+    def dismiss(self) -> None:
+        """End the process that would do the next work, so that this gets a new one."""
+        with contextlib.suppress(OSError):
+            self._channel.send(None)
 
     def close(self) -> None:
         """End the process, and through it what it runs."""
@@ -87,21 +98,27 @@ def _serve(channel: Connection, find: Callable[[str], Work], guarded: Iterable[i
     try:
         fresh = isolator.prepare(find)
         while True:
-            name, deadline, same, more = channel.recv()
-            if resting and not same:
-                isolator.dismiss(resting)
+            order = channel.recv()
+            if order is None:
+                if resting:
+                    isolator.dismiss(resting)
                 resting = None
+                continue
+            name, deadline, more = order
             child, forks = resting or fresh, not resting
+            died = ""
             try:
                 child.begin(name, deadline, may_rest=more)
-            except BrokenPipeError:  # killed while it waited: the kernel was short of memory
-                isolator.dismiss(child)
+            except BrokenPipeError:
+                died = isolator.see_through(child, 0).reason
                 child = isolator.prepare(find)
                 child.begin(name, deadline, may_rest=more)
             if forks and early:
                 fresh = isolator.prepare(find)
             ending = isolator.see_through(child, deadline)
             resting = child if ending.rests else None
+            if died and died != OOM_KILL:
+                ending.leftovers.append(f"the process of the results before was {died} while it waited")
             channel.send(ending)
             if forks and not early:
                 fresh = isolator.prepare(find)

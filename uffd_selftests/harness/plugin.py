@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from uffd_selftests import kernel
+from uffd_selftests.bugs import known_bugs
 from uffd_selftests.case import ATTRIBUTE, Case, Kind
 from uffd_selftests.harness.interrupts import Signals
 from uffd_selftests.harness.isolation import end_with
@@ -115,6 +116,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if bool(values) != (name in metafunc.fixturenames):
             problem = "is declared but not taken" if values else "is taken but not declared"
             raise pytest.Collector.CollectError(f"case {case.name}: {name} {problem} by {metafunc.function.__name__}")
+    for what, named, there in ("requirement", case.needs, kernel.REQUIREMENTS), ("bug", case.bugs, known_bugs()):
+        if unknown := [str(each) for each in named if each not in there]:
+            raise pytest.Collector.CollectError(f"case {case.name}: there is no {what} {', '.join(unknown)}")
     if case.variants:
         metafunc.parametrize("variant", case.variants, ids=str)
     if case.mem:

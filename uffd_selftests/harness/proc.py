@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from uffd_selftests.memory import FIRST_PLACE, LAST_PLACE
 from uffd_selftests.uapi import Feature
 
 if TYPE_CHECKING:
@@ -132,20 +133,36 @@ def state() -> list[object]:
     Of its memory only what is shared, locked or of huge pages: Python itself takes more and more of the rest.
     """
     status = [line for line in _read("/proc/self/status").splitlines() if not line.startswith(VOLATILE)]
-    files = [_read(f"/proc/self/{name}") for name in ("limits", "cgroup", "oom_score_adj", "coredump_filter")]
+    names = ("limits", "cgroup", "oom_score_adj", "coredump_filter", "personality", "timers", "timerslack_ns")
+    files = [_read(f"/proc/self/{name}") for name in names]
     namespaces = [os.readlink(f"/proc/self/ns/{name}") for name in os.listdir("/proc/self/ns")]
     scheduling = [os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0)]
     timers = [signal.getitimer(timer) for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)]
-    return [status, files, namespaces, scheduling, timers, os.getcwd(), sorted(_links("self")), has_children()]
+    handlers = [signal.getsignal(number) for number in range(1, signal.NSIG)]
+    rest = [os.getcwd(), dict(os.environ), sorted(_links("self")), has_children()]
+    return [status, files, namespaces, scheduling, timers, handlers, _mappings(), *rest]
+
+
+def _mappings() -> list[str]:
+    """Return the mappings that Python does not make: the cases' own, shared ones and those of huge pages."""
+    found = []
+    for line in _read("/proc/self/maps").splitlines():
+        where, what = line.split(" ", 1)
+        if FIRST_PLACE <= int(where.partition("-")[0], 16) < LAST_PLACE or what[3] == "s" or "/anon_hugepage" in what:
+            found.append(line)
+    return found
 
 
 def is_in(before: list[object]) -> bool:
     """Whether this process is in a state as it was; soon, for a thread that was joined takes a moment to vanish."""
     until = time.monotonic() + SETTLE_SECONDS
-    while state() != before:
-        if time.monotonic() > until:
-            return False
-        time.sleep(SETTLE_SECONDS / 10)
+    try:
+        while state() != before:
+            if time.monotonic() > until:
+                return False
+            time.sleep(SETTLE_SECONDS / 10)
+    except OSError:  # without rights, descriptors, a folder or /proc it cannot even look
+        return False
     return True
 
 

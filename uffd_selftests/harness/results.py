@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MAX_LINE = 500
 """How much of a line a diagnostic shows."""
+HARNESS = "uffd_selftests/harness/runner.py"
 MAX_OUTPUT_LINES = 40
 """How much captured output a diagnostic shows: the last lines."""
 
@@ -172,8 +173,9 @@ def _diagnostics(planned: Planned, failed: Sequence[pytest.TestReport]) -> Itera
     for report in failed:
         yield from _message(report)
         yield from verdict(report).get("evidence", ())
-    for number in planned.bugs:
-        yield str(known_bugs()[number])
+    if any(report.when != "setup" for report in failed):  # else it never ran
+        for number in planned.bugs:
+            yield str(known_bugs()[number])
     yield from _output(failed)
 
 
@@ -184,7 +186,8 @@ def _message(report: pytest.TestReport) -> Iterator[str]:
         yield f"{crash.message} (in the teardown)" if report.when == "teardown" else crash.message
         entries = getattr(getattr(report.longrepr, "reprtraceback", None), "reprentries", ())
         places = [entry.reprfileloc for entry in entries if getattr(entry, "reprfileloc", None)]
-        yield f"at {place(report.location[0], [(each.path, each.lineno) for each in (*places, crash)])}"
+        if not crash.path.endswith(HARNESS):  # the case never began
+            yield f"at {place(report.location[0], [(each.path, each.lineno) for each in (*places, crash)])}"
     elif "outcome" not in verdict(report) and report.longrepr:
         yield str(report.longrepr)
 

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from uffd_selftests.kernel import Facts
     from uffd_selftests.mem_types import MemType
 
+SHOWN = 5
+"""How many of the results are named that a process had before one that failed."""
+
 PHASES = ("setup", "call", "teardown")
 
 REFUSAL = pytest.StashKey[str]()
@@ -68,10 +71,10 @@ class Runner:
         """Runs plain cases."""
         self._together: list[str] = []
         """The results so far of the process that waits in the launcher for the next one."""
-        self._shares = True
+        self._shares = settings.sharing
         """Whether a process may run several cases: until the kernel complains, to know which one it means next time."""
         self._nextitem: pytest.Item | None = None
-        self._known_lacks: dict[tuple[str, MemType | None], list[gating.Missing]] = {}
+        self._known_lacks: dict[tuple[int, MemType | None], list[gating.Missing]] = {}
         self._isolator: Isolator | None = None
         """Runs everything else: what is forked here has whatever other plugins left in this process."""
 
@@ -101,12 +104,12 @@ class Runner:
             return self._run(item, isolate=not lacking, hugepages=needed > 0)
 
     def _lacking(self, case: Case, mem: MemType | None) -> list[gating.Missing]:
-        known = self._known_lacks.get((case.name, mem))
+        known = self._known_lacks.get((id(case), mem))
         if known is None:
             known = gating.missing(case, mem, self._facts)
             if case.may_hang_kernel and not self._settings.may_hang_kernel:
                 known.append(gating.NOT_ASKED_FOR)
-            self._known_lacks[case.name, mem] = known
+            self._known_lacks[id(case), mem] = known
         return known
 
     def _refuse(self, item: pytest.Item, lacking: list[gating.Missing]) -> None:
@@ -116,7 +119,13 @@ class Runner:
             item.stash[REFUSAL] = f"{', '.join(required)} is required: {reason}"
         else:
             item.add_marker(pytest.mark.skip(reason=reason))
-        self._together = []  # what waits would have run this
+        self._part()
+
+    def _part(self) -> None:
+        """Let what runs next have a process of its own."""
+        if self._launcher and self._together:
+            self._launcher.dismiss()
+        self._together = []
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
@@ -168,8 +177,10 @@ class Runner:
                 complaints.append(f"the same process had run {others}; from now on each case has its own")
             self._shares = False
             _fail_late(item, reports, "the kernel complained", complaints)
-        if any(report.failed for report in reports):
-            self._together = []
+        if failed := [report for report in reports if report.failed]:
+            self._part()
+            if together:
+                failed[0].sections.append(("Before it, its process had run", "\n".join(together[-SHOWN:])))
         return reports
 
     def _launch(self, item: pytest.Item, deadline: float) -> Ending:
@@ -181,8 +192,8 @@ class Runner:
                 self._isolator.spare(self._launcher.pid)
         case, variant, mem = declaration(item)
         assert case
-        same, more = bool(self._together), self._shares and self._goes_on(item, self._nextitem)
-        ending = self._launcher.run(item.nodeid, deadline=deadline, same=same, more=more)
+        more = self._shares and self._goes_on(item, self._nextitem)
+        ending = self._launcher.run(item.nodeid, deadline=deadline, more=more)
         self._together = [*self._together, case.result_name(variant, mem)] if ending.rests else []
         if not self._launcher.alive:
             self._launcher.close()

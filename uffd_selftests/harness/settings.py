@@ -134,6 +134,8 @@ class Settings:
     strict: bool
     """Known defects are failures."""
     isolate: bool
+    sharing: bool
+    """A process may run several cases."""
     isolate_all: bool
     """Isolate tests that declare no case, too."""
     ktap_fd: int | None
@@ -171,6 +173,7 @@ class Settings:
             option.documented_only,
             option.strict_defects,
             option.isolation and not option.usepdb and not option.trace,
+            not option.no_sharing,
             option.isolate_all,
             option.ktap_fd,
             option.progress,
@@ -215,6 +218,7 @@ class Settings:
             "documented_only": self.documented_only,
             "strict": self.strict,
             "isolation": self.isolate,
+            "sharing": self.sharing,
             "may_hang_kernel": self.may_hang_kernel,
         }
 
@@ -239,6 +243,7 @@ def add_options(parser: pytest.Parser) -> None:
         "--no-isolation", action="store_false", dest="isolation", default=True,
         help="run cases in pytest's own process, for a debugger",
     )  # fmt: skip
+    group.addoption("--no-sharing", action="store_true", help="run each result in a process of its own")
     group.addoption("--isolate-all", action="store_true", help="run all tests in child processes, not only cases")
     group.addoption("--ktap-fd", type=int, metavar="FD", help="write KTAP to this descriptor")
     group.addoption("--progress", action="store_true", help="show what is running if stderr is a terminal")

@@ -34,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         sys.stderr.write(f"{COMMAND}: {error}\n")
         return EXIT_USAGE
+    print(args.output)
     return EXIT_OK
 
 

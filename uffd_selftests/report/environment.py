@@ -27,7 +27,7 @@ def size(number: int) -> str:
     """Return a number of bytes in the unit that fits."""
     for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if number >= factor:
-            return f"{number / factor:.3g} {unit}"
+            return f"{number / factor:.{3 if number < 100 * factor else 4}g} {unit}"
     return f"{number} B"
 
 

@@ -131,6 +131,7 @@ def suite_arguments(args: argparse.Namespace, passed: Sequence[str], scale: floa
     flags = {
         "--documented-only": args.documented_only,
         "--strict": args.strict,
+        "--no-sharing": args.no_sharing,
         "--no-isolation": args.no_isolation,
         MAY_HANG_KERNEL.flag: args.may_hang_kernel or MAY_HANG_KERNEL.value(None),
     }

@@ -74,8 +74,8 @@ def access(address: int, *, write: bool = False) -> Trap | None:
 
 def expect_trap(trap: object, address: int, what: str) -> None:
     """Assert that an access was ended by SIGBUS at exactly its address."""
-    seen = (trap.signo, trap.addr) if isinstance(trap, Trap) else None
-    expect(seen, (SIGBUS, address), f"signal and si_addr {what}")
+    seen = (trap.signo, hex(trap.addr)) if isinstance(trap, Trap) else None
+    expect(seen, (SIGBUS, hex(address)), f"signal and si_addr {what}")
 
 
 def expect_sigbus(uffd: Uffd, *addresses: int) -> None:

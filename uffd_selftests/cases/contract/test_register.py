@@ -63,6 +63,7 @@ from uffd_selftests.memory import (
     AccessError,
     KernelError,
     Range,
+    errno_name,
     expect_same,
     map_memory,
     peek,
@@ -566,7 +567,8 @@ def test_register_sysv_all_or_nothing() -> None:
                 expect_modes(where, mode)
                 uffd.unregister(where)
     if answers not in ({0}, {EINVAL}):
-        raise AssertionError(f"REG-12: expected success or EINVAL in every mode, got errnos {answers}")
+        names = sorted(errno_name(answer) if answer else "success" for answer in answers)
+        raise AssertionError(f"REG-12: expected success or EINVAL in every mode, got {', '.join(names)}")
 
 
 @uffd_case("register-sysv-hugetlb", mem=(HUGETLB,), pages=1, rows=("REG-12",))

@@ -23,8 +23,9 @@ def test_poison(ctx: Context) -> None:
         traps = touch_trapped(ctx.dst.range, ctx.page_size)
 
     for page, trap in enumerate(traps):
-        signal = (trap.signo, trap.addr) if trap else None
-        expect(signal, None if page % 2 else (SIGBUS, ctx.dst.page(page).start), f"signal and si_addr of page {page}")
+        signal = (trap.signo, hex(trap.addr)) if trap else None
+        expected = None if page % 2 else (SIGBUS, hex(ctx.dst.page(page).start))
+        expect(signal, expected, f"signal and si_addr of page {page}")
         if page % 2:
             ctx.dst.expect_zero(page, 1)
     expect(handler.stats.missing, ctx.nr_pages, "missing faults")
