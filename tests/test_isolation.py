@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tests.conftest import Run, Starter
 
 CROWD = str(Path(__file__).parent / "hostile" / "crowd.py")
-DEADLINE = f"{0.5 * float(os.environ.get('UFFD_DEADLINE_SCALE', '1')):g}"
+DEADLINE = f"{float(os.environ.get('UFFD_DEADLINE_SCALE', '1')):g}"
 
 needs_userfaultfd = pytest.mark.skipif(
     kernel.no_userfaultfd(kernel.probe()) is not None, reason=str(kernel.no_userfaultfd(kernel.probe()))
