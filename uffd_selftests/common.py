@@ -16,7 +16,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from ctypes import addressof, sizeof
 from dataclasses import dataclass
 from enum import IntEnum
@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, Protocol
 
 from uffd_selftests import uapi
 from uffd_selftests.kernel import open_debugfs
+from uffd_selftests.machine import Swap, keep_swap
 from uffd_selftests.mem_types import Area, MemType, pmd_size
 from uffd_selftests.memory import (
     MAP_ANONYMOUS,
@@ -1150,6 +1151,7 @@ def page_out(where: Range, gone: Callable[[], bool]) -> None:
 
     Skip where the kernel writes nothing to swap; AssertionError where it does with other pages.
     """
+    keep_swap()
     if _paged_out(where, gone):
         return
     with mapped(PAGE_SIZE, flags=MAP_PRIVATE | MAP_ANONYMOUS) as other:
@@ -1171,6 +1173,17 @@ def _paged_out(where: Range, gone: Callable[[], bool]) -> bool:
 def swap_out(where: Range) -> None:
     """Have every page of a private mapping written to swap."""
     page_out(where, lambda: all(entry & uapi.PM_SWAP for entry in Pagemap.entries(where)))
+
+
+@contextmanager
+def own_swap(size: int = 4 << 20) -> Iterator[Swap]:
+    """Have a swap disk of the case's own, for whatever is swapped out in the block; Skip where none can be had."""
+    with ExitStack() as stack:
+        try:
+            swap = stack.enter_context(Swap(size, own=True))
+        except OSError as error:
+            raise Skip(f"no swap disk of its own to be had, which takes root and zram: {error}") from None
+        yield swap
 
 
 _PIN_LONGTERM_TEST_START = 0x4018_6707  # _IOW('g', 7, struct pin_longterm_test) of mm/gup_test.h
