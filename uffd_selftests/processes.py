@@ -185,24 +185,28 @@ LONG_FILL = 65536
 
 
 @contextmanager
-def long_fill(uffd: Uffd) -> Iterator[Range]:
-    """Have a thread map zeroes in a range of its own, which nobody can change meanwhile: the block gets the range.
+def long_fill(uffd: Uffd, where: Range | None = None) -> Iterator[Range]:
+    """Have a thread map LONG_FILL zeroes, by default in a range of its own; nobody can change that mapping meanwhile.
 
-    It begins when the first page is there, and ends when all are. The thread lets all others go first.
+    The block gets the range; it begins when the first page is there, and ends when all are. The thread lets all others
+    go first.
     """
-    flags = memory.MAP_PRIVATE | memory.MAP_ANONYMOUS | memory.MAP_NORESERVE
-    with memory.mapped(LONG_FILL * memory.PAGE_SIZE, flags=flags) as where:
-        with suppress(KernelError):  # EINVAL without transparent huge pages
-            memory.advise(where, memory.Advice.NOHUGEPAGE)
-        uffd.register(where, RegisterMode.MISSING)
+    if where is None:
+        flags = memory.MAP_PRIVATE | memory.MAP_ANONYMOUS | memory.MAP_NORESERVE
+        with memory.mapped(LONG_FILL * memory.PAGE_SIZE, flags=flags) as own, long_fill(uffd, own):
+            yield own
+        return
+    with suppress(KernelError):  # EINVAL without transparent huge pages
+        memory.advise(where, memory.Advice.NOHUGEPAGE)
+    uffd.register(where, RegisterMode.MISSING)
 
-        def fill() -> None:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-            uffd.zeropage(where)
+    def fill() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        uffd.zeropage(where)
 
-        with Waiter(fill) as filler:
-            eventually(lambda: filler.done or bool(Pagemap.entry(where.start) & PM_PRESENT), "the first page")
-            yield where
+    with Waiter(fill) as filler:
+        eventually(lambda: filler.done or bool(Pagemap.entry(where.start) & PM_PRESENT), "the first page")
+        yield where
 
 
 @contextmanager

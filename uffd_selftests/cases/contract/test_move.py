@@ -21,9 +21,11 @@ from uffd_selftests.common import (
     Pagemap,
     Skip,
     Uffd,
+    UffdError,
     bad_ranges,
     eventually,
     expect,
+    expect_errno,
     fails,
     held_up,
     huge_area,
@@ -60,12 +62,15 @@ from uffd_selftests.memory import (
     user_space_end,
 )
 from uffd_selftests.processes import (
+    LONG_FILL,
     Channel,
     Child,
     Waiter,
     faulting,
     faulting_pages,
+    long_fill,
     orphaned,
+    poised,
     undisturbed,
     unread_event,
 )
@@ -599,6 +604,34 @@ def test_move_from_nowhere(ctx: Context) -> None:
             with promise("MV-06", f"from {what}, {mode}"), fails(*refused):
                 ctx.uffd.move(dst.start, src, ctx.page_size, mode)
     Pagemap.expect_present(ctx.dst)
+
+
+@uffd_case("move-vanished", mem=(ANON,), features=MOVE, pages=1, rows=("MV-06",), kind=Kind.DETAIL)
+def test_move_vanished(ctx: Context) -> None:
+    """UFFDIO_MOVE says ENOENT, too, where both mappings go away while it waits for the address space.
+
+    Three mappings in a row are unmapped, source first; then it takes until a fill of the one between is over.
+    """
+    area, uffd = ctx.allocate(LONG_FILL + 3), ctx.uffd
+    src, between, dst = area.page(0), area.page(1, LONG_FILL), area.page(1 + LONG_FILL, 2)
+    for page in src.start, dst.start:
+        poke(page, b"there")
+    uffd.register(dst, MISSING)
+    advise(dst, Advice.DONTDUMP)  # now it differs from what is between, as the source does, which is not registered
+
+    def move_late() -> None:
+        try:
+            uffd.move(dst.start + PAGE_SIZE, src.start, PAGE_SIZE)
+        except UffdError as error:  # none if it came before after all
+            expect_errno(error, ENOENT, "errno of the move")
+
+    with (
+        poised(move_late) as (go, _),
+        long_fill(uffd, between),
+        Waiter(lambda: unmap(area.range)) as unmapping,
+    ):
+        unmapping.expect_sleeping()
+        go()
 
 
 @uffd_case("move-not-registered", mem=(ANON,), features=MOVE, pages=2, rows=("MV-07",))
