@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, Protocol
 
 from uffd_selftests import uapi
 from uffd_selftests.kernel import open_debugfs
-from uffd_selftests.machine import Swap, keep_swap
+from uffd_selftests.machine import Swap, keep_swap, release_swap
 from uffd_selftests.mem_types import Area, MemType, pmd_size
 from uffd_selftests.memory import (
     MAP_ANONYMOUS,
@@ -47,6 +47,7 @@ from uffd_selftests.memory import (
     poke,
     resident,
     smaps_fields,
+    touch,
     unmap,
 )
 from uffd_selftests.native import ffi, lib
@@ -863,6 +864,7 @@ class Context:
             for area in self._areas:
                 area.close()
         self._areas.clear()
+        release_swap()
 
 
 def prevent_hugepages(ctx: Context) -> None:
@@ -1177,12 +1179,22 @@ def swap_out(where: Range) -> None:
 
 @contextmanager
 def own_swap(size: int = 4 << 20) -> Iterator[Swap]:
-    """Have a swap disk of the case's own, for whatever is swapped out in the block; Skip where none can be had."""
+    """Have a swap disk of the case's own, to which this processor swaps in the block; Skip where none can be had."""
     with ExitStack() as stack:
         try:
             swap = stack.enter_context(Swap(size, own=True))
         except OSError as error:
             raise Skip(f"no swap disk of its own to be had, which takes root and zram: {error}") from None
+        with mapped(2 * size, flags=MAP_PRIVATE | MAP_ANONYMOUS) as other:
+            # A processor first uses up the places that it has set aside on another disk.
+            for start in range(other.start, other.end, size // 16):
+                some = Range(start, size // 16)
+                touch(some, PAGE_SIZE, write=True)
+                advise(some, Advice.PAGEOUT)
+                if swap.used:
+                    break
+            else:
+                raise Skip("the kernel does not use a swap disk of a higher priority")
         yield swap
 
 

@@ -37,6 +37,7 @@ __all__ = [
     "keep_swap",
     "lack_of_hugepages",
     "others",
+    "release_swap",
     "repair",
 ]
 
@@ -249,8 +250,8 @@ def _setting(path: Path) -> str:
 class Swap:
     """Swap for as long as the context lasts, on a compressed RAM disk of ``size`` bytes.
 
-    There is a disk only where the machine has no swap, but an ``own`` one is there in any case, takes whatever is
-    swapped out meanwhile, and can be switched off. It waits until no other process keeps swap as it is (keep_swap).
+    There is a disk only where the machine has no swap, but an ``own`` one is there in any case, goes before all others,
+    and can be switched off. It waits until no other process keeps swap as it is (keep_swap).
     Raises OSError when there is none to be had: ENOENT without zram in the kernel, EACCES or EPERM without privilege,
     EBUSY when others do not let go of swap.
     """
@@ -279,13 +280,23 @@ class Swap:
         if self._entry:
             _undo(self._entry)
         if self.own:
-            _give_swap_back()
+            release_swap()
+
+    @property
+    def used(self) -> int:
+        """Bytes of the disk in use."""
+        lines = (line.split() for line in SWAPS.read_text().splitlines()[1:])
+        return sum(int(fields[3]) * 1024 for fields in lines if fields[0] == self._device)
 
     def off(self) -> None:
         """Switch the disk off: the kernel reads back what is on it."""
+        _run("swapoff", self._device)
+
+    @property
+    def _device(self) -> str:
         record = self._entry and self._entry.record
         assert isinstance(record, _SwapRecord)
-        _run("swapoff", f"/dev/zram{record.disk}")
+        return f"/dev/zram{record.disk}"
 
     def _make(self, journal: _Journal, entry: _Entry) -> None:
         if not ZRAM.exists():
@@ -318,7 +329,7 @@ _swap_turn = _SwapTurn()
 
 
 def keep_swap() -> None:
-    """Let no other process read back what is in swap, until this one ends; it may have to finish first."""
+    """Let no other process read back what is in swap, until release_swap(); one that is at it may finish first."""
     if not _swap_turn.alone:
         with contextlib.suppress(OSError):  # without the privilege: those who have it are another user's
             fcntl.flock(_swap_turn.file(), fcntl.LOCK_SH)
@@ -339,10 +350,12 @@ def _take_swap() -> None:
             return
 
 
-def _give_swap_back() -> None:
-    if _swap_turn.alone:
-        fcntl.flock(_swap_turn.file(), fcntl.LOCK_UN)
-        _swap_turn.alone = False
+def release_swap() -> None:
+    """Undo keep_swap()."""
+    if _swap_turn.fd >= 0:
+        fcntl.flock(_swap_turn.fd, fcntl.LOCK_UN)  # a child may have the file open, too
+        os.close(_swap_turn.fd)
+        _swap_turn.fd, _swap_turn.alone = -1, False
 
 
 def swap_files() -> list[str]:

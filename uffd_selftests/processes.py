@@ -185,15 +185,15 @@ LONG_FILL = 65536
 
 
 @contextmanager
-def long_fill(uffd: Uffd, where: Range | None = None) -> Iterator[Range]:
+def long_fill(uffd: Uffd, where: Range | None = None, *, nice: int = 19) -> Iterator[Range]:
     """Have a thread map LONG_FILL zeroes, by default in a range of its own; nobody can change that mapping meanwhile.
 
     The block gets the range; it begins when the first page is there, and ends when all are. The thread lets all others
-    go first.
+    go first, unless it is to be less ``nice`` because one of them does not sleep.
     """
     if where is None:
         flags = memory.MAP_PRIVATE | memory.MAP_ANONYMOUS | memory.MAP_NORESERVE
-        with memory.mapped(LONG_FILL * memory.PAGE_SIZE, flags=flags) as own, long_fill(uffd, own):
+        with memory.mapped(LONG_FILL * memory.PAGE_SIZE, flags=flags) as own, long_fill(uffd, own, nice=nice):
             yield own
         return
     with suppress(KernelError):  # EINVAL without transparent huge pages
@@ -201,7 +201,7 @@ def long_fill(uffd: Uffd, where: Range | None = None) -> Iterator[Range]:
     uffd.register(where, RegisterMode.MISSING)
 
     def fill() -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
         uffd.zeropage(where)
 
     with Waiter(fill) as filler:

@@ -26,6 +26,7 @@ from uffd_selftests.common import (
     Uffd,
     UffdError,
     expect,
+    expect_modes,
     held_up,
     promise,
 )
@@ -51,7 +52,7 @@ from uffd_selftests.memory import (
     unmap,
 )
 from uffd_selftests.native import lib
-from uffd_selftests.processes import Waiter, long_fill, poised
+from uffd_selftests.processes import LONG_FILL, Waiter, long_fill, poised
 from uffd_selftests.races import SUCCESS, Race, Racer, copier, mover, protector, zeroer
 from uffd_selftests.uapi import PM_PRESENT, PM_SWAP, Feature
 
@@ -360,3 +361,46 @@ def test_continue_behind_move(ctx: Context) -> None:
         return area.range, requests
 
     expect_refused(uffd, prepare)
+
+
+@uffd_case(
+    "move-behind-neighbour",
+    mem=(ANON,),
+    features=REMAP | Feature.MOVE,
+    pages=1,
+    rows=("EV-04", "MV-26"),
+    kind=Kind.DETAIL,
+)
+def test_move_behind_neighbour(ctx: Context) -> None:
+    """UFFDIO_MOVE whose source becomes part of the destination's mapping while it waits says EAGAIN, and works later.
+
+    What is moved there replaces the source and what is being filled. The kernel must not lock one mapping twice.
+    """
+    uffd = ctx.uffd
+
+    def refused() -> bool:
+        area, new = ctx.allocate(LONG_FILL + 3), ctx.allocate(LONG_FILL + 1)
+        dst, src = area.page(0, 2), area.page(2)
+        for page in dst.start, src.start:
+            poke(page, b"there")
+        for one in dst, new.range:
+            uffd.register(one, MISSING)
+        to = Range(src.start, new.range.len)
+        request = Request("UFFDIO_MOVE", lambda: uffd.move(area.page(1).start, src.start, PAGE_SIZE), 0, FILLED)
+        with (
+            poised(request.refused) as (go, [waiter]),
+            long_fill(uffd, area.page(3, LONG_FILL)),
+            Waiter(lambda: remap(new.range, to=to.start)) as moving,
+        ):
+            moving.expect_sleeping()
+            go()
+            waiter.result()
+            expect(uffd.wait("UFFD_EVENT_REMAP"), moved(new.range, to.start), "the event")
+        expect_modes(area.range, MISSING)
+        uffd.zeropage(src)
+        if waiter.result():
+            request.call()
+        return bool(waiter.result())
+
+    if not any(refused() for _ in range(TRIES)):
+        raise AssertionError("EV-04: behind a move expected EAGAIN; UFFDIO_MOVE did what was asked")
