@@ -154,6 +154,11 @@ class Waiter:
             self.result()
 
 
+def settle(*waiters: Waiter) -> None:
+    """Wait until the call of each thread has returned, or sleeps in the kernel."""
+    eventually(lambda: all(waiter.done or waiter.asleep for waiter in waiters), "the calls to sleep or to return")
+
+
 @contextmanager
 def poised(*calls: Callable[[], object]) -> Iterator[tuple[Callable[[], None], list[Waiter]]]:
     """Have a thread for each call; the block gets what lets them make these calls, and the threads.
@@ -170,7 +175,7 @@ def poised(*calls: Callable[[], object]) -> Iterator[tuple[Callable[[], None], l
     def go() -> None:
         """Let all make their calls, and wait until each has returned or sleeps."""
         gate.set()
-        eventually(lambda: all(waiter.done or waiter.asleep for waiter in waiters), "the calls to sleep or to return")
+        settle(*waiters)
 
     with ExitStack() as stack:
         waiters = [stack.enter_context(Waiter(partial(after_gate, call))) for call in calls]

@@ -49,7 +49,7 @@ from uffd_selftests.memory import (
     touch_trapped,
     unmap,
 )
-from uffd_selftests.processes import Channel, Child, Waiter, faulting, long_fill, poised, undisturbed
+from uffd_selftests.processes import Channel, Child, Waiter, faulting, long_fill, poised, settle, undisturbed
 from uffd_selftests.uapi import Feature, PagefaultFlag
 
 BLOCKING = DEFAULT_FLAGS & ~os.O_NONBLOCK
@@ -92,7 +92,7 @@ def test_close_under_way(ctx: Context) -> None:
         long_fill(other, nice=0) as busy,
         Waiter(lambda: protect(busy, PROT_READ)) as changing,  # has the address space until the fill is over
     ):
-        changing.expect_sleeping()
+        settle(changing)
         close()
         fault()
     expect(waiter.result(), b"\0", "the byte that the thread read")

@@ -52,7 +52,7 @@ from uffd_selftests.memory import (
     unmap,
 )
 from uffd_selftests.native import lib
-from uffd_selftests.processes import LONG_FILL, Waiter, long_fill, poised
+from uffd_selftests.processes import LONG_FILL, Waiter, long_fill, poised, settle
 from uffd_selftests.races import SUCCESS, Race, Racer, copier, mover, protector, zeroer
 from uffd_selftests.uapi import PM_PRESENT, PM_SWAP, Feature
 
@@ -268,7 +268,7 @@ def refused_behind(uffd: Uffd, where: Range, requests: list[Request]) -> tuple[i
         long_fill(uffd),
         Waiter(lambda: remap(where, flags=MREMAP_MAYMOVE | MREMAP_DONTUNMAP)) as moving,
     ):
-        moving.expect_sleeping()
+        settle(moving)
         go()
         refused = [request for request, waiter in zip(requests, waiters, strict=True) if waiter.result()]
         event = uffd.wait("UFFD_EVENT_REMAP")
@@ -392,7 +392,7 @@ def test_move_behind_neighbour(ctx: Context) -> None:
             long_fill(uffd, area.page(3, LONG_FILL)),
             Waiter(lambda: remap(new.range, to=to.start)) as moving,
         ):
-            moving.expect_sleeping()
+            settle(moving)
             go()
             waiter.result()
             expect(uffd.wait("UFFD_EVENT_REMAP"), moved(new.range, to.start), "the event")

@@ -71,6 +71,7 @@ from uffd_selftests.processes import (
     long_fill,
     orphaned,
     poised,
+    settle,
     undisturbed,
     unread_event,
 )
@@ -630,7 +631,7 @@ def test_move_vanished(ctx: Context) -> None:
         long_fill(uffd, between),
         Waiter(lambda: unmap(area.range)) as unmapping,
     ):
-        unmapping.expect_sleeping()
+        settle(unmapping)
         go()
 
 
