@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import select
 import signal
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from uffd_selftests.machine import (
     Sysctl,
     hugepage_sizes,
     hugepages,
+    keep_swap,
     lack_of_hugepages,
     repair,
     swap_files,
@@ -623,8 +625,9 @@ def test_real_pool_without_privilege() -> None:
 
 @needs_root
 @pytest.mark.usefixtures("journal")
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("step", ["hot_add", "mkswap", "swapon", "held"])
-def test_killed_run_leaves_no_swap(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+def test_killed_run_leaves_no_swap(monkeypatch: pytest.MonkeyPatch, step: str, own: bool) -> None:
     """At whatever step a run is killed that makes swap, the next one takes the disk away."""
     if swap_files() or not machine.ZRAM.exists():
         pytest.skip("needs a machine without swap, and zram")
@@ -639,7 +642,7 @@ def test_killed_run_leaves_no_swap(monkeypatch: pytest.MonkeyPatch, step: str) -
         monkeypatch.setattr(machine, "_run", die)
         if step == "hot_add":
             monkeypatch.setattr(machine._Journal, "update", update)
-        with Swap(1 << 20):
+        with Swap(1 << 20, own=own):
             child.hold()
 
     def update(journal: machine._Journal, entry: machine._Entry, record: machine._SwapRecord) -> None:
@@ -656,6 +659,40 @@ def test_killed_run_leaves_no_swap(monkeypatch: pytest.MonkeyPatch, step: str) -
     assert machine._disks() != disks
     assert len(repair()) == 1
     assert (machine._disks(), swap_files()) == (disks, [])
+
+
+@needs_root
+@pytest.mark.usefixtures("journal")
+def test_own_swap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An own swap disk is used before the machine's and switched off alone; it waits for those who keep swap."""
+    if not machine.ZRAM.exists():
+        pytest.skip("needs zram")
+
+    def keep(child: Child) -> None:
+        monkeypatch.setattr(machine, "_swap_turn", machine._SwapTurn())  # it is not the one that has swap for itself
+        keep_swap()
+        child.hold()
+
+    monkeypatch.setattr(machine, "_swap_turn", machine._SwapTurn())
+    monkeypatch.setattr(machine, "SWAP_SECONDS", 0.1)
+    before = swap_files()
+    with Swap(1 << 20):
+        others = swap_files()
+        with Swap(1 << 20, own=True) as swap:
+            [own] = set(swap_files()) - set(others)
+            lines = [line.split() for line in machine.SWAPS.read_text().splitlines()[1:]]
+            assert max(lines, key=lambda line: int(line[-1]))[0] == own
+            keep_swap()  # by the same process, which goes on to have it for itself
+            child = Child(keep)
+            assert not select.select([child._ready], [], [], 0.1)[0]
+            swap.off()
+            assert swap_files() == others
+        child.wait_until_it_holds()
+        with pytest.raises(OSError, match="other tests have memory in swap"), Swap(1 << 20, own=True):
+            pass
+        assert swap_files() == others
+        child.end(signal.SIGKILL)
+    assert swap_files() == before
 
 
 @needs_root

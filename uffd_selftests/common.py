@@ -16,7 +16,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from ctypes import addressof, sizeof
 from dataclasses import dataclass
 from enum import Enum, IntEnum
@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, Protocol
 
 from uffd_selftests import uapi
 from uffd_selftests.kernel import open_debugfs
+from uffd_selftests.machine import Swap, keep_swap, release_swap
 from uffd_selftests.mem_types import Area, MemType, pmd_size
 from uffd_selftests.memory import (
     MAP_ANONYMOUS,
@@ -46,6 +47,7 @@ from uffd_selftests.memory import (
     poke,
     resident,
     smaps_fields,
+    touch,
     unmap,
 )
 from uffd_selftests.native import ffi, lib
@@ -882,6 +884,7 @@ class Context:
             for area in self._areas:
                 area.close()
         self._areas.clear()
+        release_swap()
 
 
 def prevent_hugepages(ctx: Context) -> None:
@@ -1176,6 +1179,7 @@ def page_out(where: Range, gone: Callable[[], bool]) -> None:
 
     Skip where the kernel writes nothing to swap; AssertionError where it does with other pages.
     """
+    keep_swap()
     if _paged_out(where, gone):
         return
     with mapped(PAGE_SIZE, flags=MAP_PRIVATE | MAP_ANONYMOUS) as other:
@@ -1197,6 +1201,27 @@ def _paged_out(where: Range, gone: Callable[[], bool]) -> bool:
 def swap_out(where: Range) -> None:
     """Have every page of a private mapping written to swap."""
     page_out(where, lambda: all(entry & uapi.PM_SWAP for entry in Pagemap.entries(where)))
+
+
+@contextmanager
+def own_swap(size: int = 4 << 20) -> Iterator[Swap]:
+    """Have a swap disk of the case's own, to which this processor swaps in the block; Skip where none can be had."""
+    with ExitStack() as stack:
+        try:
+            swap = stack.enter_context(Swap(size, own=True))
+        except OSError as error:
+            raise Skip(f"no swap disk of its own to be had, which takes root and zram: {error}") from None
+        with mapped(2 * size, flags=MAP_PRIVATE | MAP_ANONYMOUS) as other:
+            # A processor first uses up the places that it has set aside on another disk.
+            for start in range(other.start, other.end, size // 16):
+                some = Range(start, size // 16)
+                touch(some, PAGE_SIZE, write=True)
+                advise(some, Advice.PAGEOUT)
+                if swap.used:
+                    break
+            else:
+                raise Skip("the kernel does not use a swap disk of a higher priority")
+        yield swap
 
 
 _PIN_LONGTERM_TEST_START = 0x4018_6707  # _IOW('g', 7, struct pin_longterm_test) of mm/gup_test.h

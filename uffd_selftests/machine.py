@@ -34,8 +34,10 @@ __all__ = [
     "Sysctl",
     "hugepage_sizes",
     "hugepages",
+    "keep_swap",
     "lack_of_hugepages",
     "others",
+    "release_swap",
     "repair",
 ]
 
@@ -57,6 +59,10 @@ GROUP = "uffd-selftests-{}"
 EXHAUST_TRIES = 20
 KILL_SECONDS = 30.0
 """How long the processes of a cgroup may take to die."""
+SWAP_SECONDS = 5.0
+"""How long to wait for others who have memory in swap."""
+FIRST = "32767"
+"""The priority of a swap disk that is used before all others (swapon(2))."""
 
 
 # ---- huge pages ----------------------------------------------------------------------------------------------------
@@ -242,19 +248,25 @@ def _setting(path: Path) -> str:
 
 
 class Swap:
-    """Swap for as long as the context lasts: on a compressed RAM disk of ``size`` bytes where the machine has none.
+    """Swap for as long as the context lasts, on a compressed RAM disk of ``size`` bytes.
 
-    Raises OSError when there is none to be had: ENOENT without zram in the kernel, EACCES or EPERM without privilege.
+    There is a disk only where the machine has no swap, but an ``own`` one is there in any case, goes before all others,
+    and can be switched off. It waits until no other process keeps swap as it is (keep_swap).
+    Raises OSError when there is none to be had: ENOENT without zram in the kernel, EACCES or EPERM without privilege,
+    EBUSY when others do not let go of swap.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, own: bool = False) -> None:
         self.size = size
+        self.own = own
         self._entry: _Entry | None = None
 
     def __enter__(self) -> Swap:
-        if swap_files():
+        if swap_files() and not self.own:
             return self
         try:
+            if self.own:
+                _take_swap()
             with _Journal.open() as journal:
                 _say(journal.repair())
                 self._entry = journal.add(_SwapRecord(self.size, _disks(), module=not ZRAM.exists()))
@@ -267,6 +279,24 @@ class Swap:
     def __exit__(self, *_: object) -> None:
         if self._entry:
             _undo(self._entry)
+        if self.own:
+            release_swap()
+
+    @property
+    def used(self) -> int:
+        """Bytes of the disk in use."""
+        lines = (line.split() for line in SWAPS.read_text().splitlines()[1:])
+        return sum(int(fields[3]) * 1024 for fields in lines if fields[0] == self._device)
+
+    def off(self) -> None:
+        """Switch the disk off: the kernel reads back what is on it."""
+        _run("swapoff", self._device)
+
+    @property
+    def _device(self) -> str:
+        record = self._entry and self._entry.record
+        assert isinstance(record, _SwapRecord)
+        return f"/dev/zram{record.disk}"
 
     def _make(self, journal: _Journal, entry: _Entry) -> None:
         if not ZRAM.exists():
@@ -277,7 +307,55 @@ class Swap:
         journal.update(entry, dataclasses.replace(entry.record, disk=number))
         (BLOCK / f"zram{number}/disksize").write_text(str(self.size))
         _run("mkswap", f"/dev/zram{number}")
-        _run("swapon", f"/dev/zram{number}")
+        _run("swapon", *(("-p", FIRST) if self.own else ()), f"/dev/zram{number}")
+
+
+@dataclass
+class _SwapTurn:
+    """The file by which the processes of all runs agree on swap: many keep it, or one has it for itself."""
+
+    fd: int = -1
+    alone: bool = False
+
+    def file(self) -> int:
+        """Return the file's descriptor, the only one of this process: it can exchange one lock for the other."""
+        if self.fd < 0:
+            with _Journal.open() as journal:
+                self.fd = journal.open_file("swap" + TURN)
+        return self.fd
+
+
+_swap_turn = _SwapTurn()
+
+
+def keep_swap() -> None:
+    """Let no other process read back what is in swap, until release_swap(); one that is at it may finish first."""
+    if not _swap_turn.alone:
+        with contextlib.suppress(OSError):  # without the privilege: those who have it are another user's
+            fcntl.flock(_swap_turn.file(), fcntl.LOCK_SH)
+
+
+def _take_swap() -> None:
+    """Wait until no other process keeps swap, and keep them from it; raises OSError."""
+    until = time.monotonic() + SWAP_SECONDS
+    while True:
+        try:
+            fcntl.flock(_swap_turn.file(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise OSError(errno.EBUSY, "other tests have memory in swap") from None
+            time.sleep(0.01)
+        else:
+            _swap_turn.alone = True
+            return
+
+
+def release_swap() -> None:
+    """Undo keep_swap()."""
+    if _swap_turn.fd >= 0:
+        fcntl.flock(_swap_turn.fd, fcntl.LOCK_UN)  # a child may have the file open, too
+        os.close(_swap_turn.fd)
+        _swap_turn.fd, _swap_turn.alone = -1, False
 
 
 def swap_files() -> list[str]:

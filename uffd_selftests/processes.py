@@ -26,6 +26,7 @@ from uffd_selftests.common import (
     DEADLINE,
     DEFAULT_FLAGS,
     Fault,
+    Pagemap,
     Removed,
     Skip,
     Uffd,
@@ -35,9 +36,9 @@ from uffd_selftests.common import (
 )
 from uffd_selftests.machine import Sysctl
 from uffd_selftests.mem_types import Area
-from uffd_selftests.memory import Range
+from uffd_selftests.memory import KernelError, Range
 from uffd_selftests.native import lib
-from uffd_selftests.uapi import Feature, PagefaultFlag, RegisterMode
+from uffd_selftests.uapi import PM_PRESENT, Feature, PagefaultFlag, RegisterMode
 
 T = TypeVar("T")
 
@@ -151,6 +152,66 @@ class Waiter:
         # After an error the thread may sleep for good; it is a daemon and goes with the process.
         if kind is None:
             self.result()
+
+
+def settle(*waiters: Waiter) -> None:
+    """Wait until the call of each thread has returned, or sleeps in the kernel."""
+    eventually(lambda: all(waiter.done or waiter.asleep for waiter in waiters), "the calls to sleep or to return")
+
+
+@contextmanager
+def poised(*calls: Callable[[], object]) -> Iterator[tuple[Callable[[], None], list[Waiter]]]:
+    """Have a thread for each call; the block gets what lets them make these calls, and the threads.
+
+    Afterwards all calls have returned. A thread that is to meet a locked address space must be there before: to make
+    one takes memory for its stack.
+    """
+    gate = threading.Event()
+
+    def after_gate(call: Callable[[], object]) -> object:
+        gate.wait()
+        return call()
+
+    def go() -> None:
+        """Let all make their calls, and wait until each has returned or sleeps."""
+        gate.set()
+        settle(*waiters)
+
+    with ExitStack() as stack:
+        waiters = [stack.enter_context(Waiter(partial(after_gate, call))) for call in calls]
+        try:
+            yield go, waiters
+        finally:
+            gate.set()
+
+
+LONG_FILL = 65536
+"""Pages of zeroes, which take no memory: to map them takes milliseconds."""
+
+
+@contextmanager
+def long_fill(uffd: Uffd, where: Range | None = None, *, nice: int = 19) -> Iterator[Range]:
+    """Have a thread map LONG_FILL zeroes, by default in a range of its own; nobody can change that mapping meanwhile.
+
+    The block gets the range; it begins when the first page is there, and ends when all are. The thread lets all others
+    go first, unless it is to be less ``nice`` because one of them does not sleep.
+    """
+    if where is None:
+        flags = memory.MAP_PRIVATE | memory.MAP_ANONYMOUS | memory.MAP_NORESERVE
+        with memory.mapped(LONG_FILL * memory.PAGE_SIZE, flags=flags) as own, long_fill(uffd, own, nice=nice):
+            yield own
+        return
+    with suppress(KernelError):  # EINVAL without transparent huge pages
+        memory.advise(where, memory.Advice.NOHUGEPAGE)
+    uffd.register(where, RegisterMode.MISSING)
+
+    def fill() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+        uffd.zeropage(where)
+
+    with Waiter(fill) as filler:
+        eventually(lambda: filler.done or bool(Pagemap.entry(where.start) & PM_PRESENT), "the first page")
+        yield where
 
 
 @contextmanager

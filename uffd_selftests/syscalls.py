@@ -46,6 +46,8 @@ _NUMBERS = {
     "munlock": (150, 229),
     "munlockall": (152, 231),
     "pidfd_open": (434, 434),
+    "pkey_alloc": (330, 289),
+    "pkey_mprotect": (329, 288),
     "prctl": (157, 167),
     "preadv2": (327, 286),
     "process_madvise": (440, 440),

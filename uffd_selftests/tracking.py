@@ -9,7 +9,7 @@ from functools import partial
 
 from uffd_selftests.common import WP, WRITEPROTECT, Context, Pagemap, Region, Scan, Uffd
 from uffd_selftests.mem_types import Area
-from uffd_selftests.memory import Range, touch
+from uffd_selftests.memory import PAGE_SIZE, Range, touch
 from uffd_selftests.processes import undisturbed
 from uffd_selftests.uapi import Feature, PageCategory, PmScanFlag
 
@@ -54,6 +54,16 @@ def tracked(ctx: Context) -> Area:
     ctx.uffd.register(ctx.dst.range, WP)
     ctx.uffd.writeprotect(ctx.dst.range)
     return ctx.dst
+
+
+def two_page_tables(ctx: Context) -> tuple[Area, int]:
+    """Map an empty area of huge pages that needs two page tables; return it and its first page in the second.
+
+    A page table can be there for a neighbour's sake, but not this one: all of its memory is the area's.
+    """
+    per_table = PAGE_SIZE // 8
+    area = ctx.allocate(2 * per_table)
+    return area, -(area.start // area.page_size) % per_table
 
 
 def write(uffd: Uffd, area: Area, *pages: int) -> None:

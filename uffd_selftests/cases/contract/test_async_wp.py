@@ -30,7 +30,16 @@ from uffd_selftests.common import (
     swap_out,
 )
 from uffd_selftests.files import plain_file
-from uffd_selftests.mem_types import ALL, ANON, HUGETLB, HUGETLB_PRIVATE, NOT_HUGETLB, SHMEM, SHMEM_PRIVATE
+from uffd_selftests.mem_types import (
+    ALL,
+    ANON,
+    EACH_HUGETLB,
+    HUGETLB,
+    HUGETLB_PRIVATE,
+    NOT_HUGETLB,
+    SHMEM,
+    SHMEM_PRIVATE,
+)
 from uffd_selftests.memory import (
     MAP_PRIVATE,
     MAP_SHARED,
@@ -59,6 +68,7 @@ from uffd_selftests.tracking import (
     expect_written,
     regions,
     tracked,
+    two_page_tables,
     write,
 )
 from uffd_selftests.uapi import CopyMode, Feature, PageCategory, PagefaultFlag
@@ -477,6 +487,63 @@ def test_async_scan_hugetlb_stops(ctx: Context) -> None:
     found = Pagemap.scan(area.range, WRITTEN, flags=RESTART, max_pages=3)
     with promise("AS-07"):
         expect(found, Scan([], area.start), "pages written, protecting them, 3 at most")
+
+
+@uffd_case(
+    "async-scan-hugetlb-holes",
+    mem=EACH_HUGETLB,
+    features=ASYNC,
+    needs=SCAN,
+    pages=1,
+    rows=("AS-03", "AS-12"),
+    kind=Kind.DETAIL,
+)
+def test_async_scan_hugetlb_holes(ctx: Context) -> None:
+    """A huge page that is not there never counts as written, with a page table or without."""
+    area, table = two_page_tables(ctx)
+    poke(area.start, NEW)
+    ctx.uffd.register(area.range, WP)
+    holes, end = range(1, area.nr_pages), area.range.end
+    expect_written(area, {0}, "pages written, before the first protection")
+    found = Pagemap.scan(area.range, WRITTEN, inverted=WRITTEN)
+    expect_scan(area, found, Scan(regions(area, holes, NONE), end), "pages not written")
+    found = Pagemap.scan(area.range, WPALLOWED, returned=PRESENT | WRITTEN | WPALLOWED)
+    expected = regions(area, {0}, PRESENT | WRITTEN | WPALLOWED) + regions(area, holes, WPALLOWED)
+    expect_scan(area, found, Scan(expected, end), "pages with PAGE_IS_WPALLOWED, and which are there")
+    for page, what in (1, "there"), (table, "not there"):
+        start, limit = area.page(page).start, area.page_size // PAGE_SIZE + 3
+        stop = start + limit * PAGE_SIZE
+        found = Pagemap.scan(area.page(page, 3), WPALLOWED, max_pages=limit)
+        wanted = Scan([Region(start, stop, WPALLOWED)], stop)
+        expect(found, wanted, f"pages with PAGE_IS_WPALLOWED, {limit} at most, the page table {what}")
+
+
+@uffd_case(
+    "async-scan-hugetlb-hole-protected",
+    mem=(HUGETLB_PRIVATE,),
+    features=ASYNC,
+    needs=SCAN,
+    pages=1,
+    rows=("AS-04", "AS-12"),
+    kind=Kind.DETAIL,
+)
+def test_async_scan_hugetlb_hole_protected(ctx: Context) -> None:
+    """PM_SCAN_WP_MATCHING also protects a huge page that has no page table, and the next write to it is noted.
+
+    The mapping is private and reserves nothing, so it has no lock of its own. With one, kernels before 7.1 never
+    return from such a scan (see scan-huge-hole).
+    """
+    area, table = two_page_tables(ctx)
+    hole = area.page(table)
+    ctx.uffd.register(area.range, WP)
+    with promise("AS-04"):
+        found = Pagemap.scan(hole, WPALLOWED, flags=RESTART)
+        expect(found, Scan(regions(area, {table}, WPALLOWED), hole.end), "pages found, protecting them")
+        Pagemap.expect_uffd_wp(hole.start, True, "a page without page table, after the scan")
+    write(ctx.uffd, area, table)
+    Pagemap.expect_uffd_wp(hole.start, False, "after a write to it")
+    found = Pagemap.scan(hole, WRITTEN, flags=CHECK)
+    expect(found, Scan(regions(area, {table}), hole.end), "pages written, after a write to that page")
 
 
 @uffd_case("async-scan-thp", mem=(ANON,), features=ASYNC, needs=("thp", *SCAN), pages=1, rows=("AS-04", "AS-07"))

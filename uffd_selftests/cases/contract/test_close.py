@@ -35,19 +35,21 @@ from uffd_selftests.common import (
 )
 from uffd_selftests.mem_types import ALL, ANON, HUGETLB, SHMEM, SHMEM_PRIVATE
 from uffd_selftests.memory import (
+    PROT_READ,
     Advice,
     advise,
     expect_bytes,
     peek,
     pmd_mapped,
     poke,
+    protect,
     remap,
     smaps_fields,
     touch,
     touch_trapped,
     unmap,
 )
-from uffd_selftests.processes import Channel, Child, Waiter, faulting, undisturbed
+from uffd_selftests.processes import Channel, Child, Waiter, faulting, long_fill, poised, settle, undisturbed
 from uffd_selftests.uapi import Feature, PagefaultFlag
 
 BLOCKING = DEFAULT_FLAGS & ~os.O_NONBLOCK
@@ -76,6 +78,25 @@ def test_close_missing(ctx: Context) -> None:
         expect(unread.result(), b"\0", "the byte that the other thread read")
     ctx.dst.expect_zero()
     other.expect_zero()
+
+
+@uffd_case("close-under-way", mem=ALL, pages=1, rows=("CL-01",), kind=Kind.DETAIL)
+def test_close_under_way(ctx: Context) -> None:
+    """A fault that comes while the last close waits for the address space is over with it: nobody hears of it."""
+    uffd, page = ctx.uffd, ctx.dst.page(0)
+    uffd.register(page, MISSING)
+    with (
+        Uffd.open() as other,
+        poised(lambda: peek(page.start)) as (fault, [waiter]),
+        poised(uffd.close) as (close, _),
+        long_fill(other, nice=0) as busy,
+        Waiter(lambda: protect(busy, PROT_READ)) as changing,  # has the address space until the fill is over
+    ):
+        settle(changing)
+        close()
+        fault()
+    expect(waiter.result(), b"\0", "the byte that the thread read")
+    expect_modes(page, UNREGISTERED)
 
 
 @uffd_case("close-wp", mem=ALL, features=WRITEPROTECT, pages=2, rows=("CL-02",))

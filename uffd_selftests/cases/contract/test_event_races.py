@@ -9,15 +9,29 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from errno import EAGAIN
+from typing import cast
 
 from uffd_selftests import syscalls, uapi
 from uffd_selftests.case import Kind, uffd_case
-from uffd_selftests.common import MINOR, MISSING, WP, Context, Pagemap, Uffd, expect
+from uffd_selftests.common import (
+    MINOR,
+    MISSING,
+    WP,
+    Context,
+    Pagemap,
+    Uffd,
+    UffdError,
+    expect,
+    expect_modes,
+    held_up,
+    promise,
+)
 from uffd_selftests.events import REMAP, moved
-from uffd_selftests.mem_types import ANON, pmd_size
+from uffd_selftests.mem_types import ANON, SHMEM, pmd_size
 from uffd_selftests.memory import (
     MAP_ANONYMOUS,
     MAP_NORESERVE,
@@ -33,13 +47,17 @@ from uffd_selftests.memory import (
     mapped,
     peek,
     poke,
+    remap,
     touch,
     unmap,
 )
 from uffd_selftests.native import lib
+from uffd_selftests.processes import LONG_FILL, Waiter, long_fill, poised, settle
 from uffd_selftests.races import SUCCESS, Race, Racer, copier, mover, protector, zeroer
 from uffd_selftests.uapi import PM_PRESENT, PM_SWAP, Feature
 
+FILLED = PM_PRESENT | PM_SWAP
+"""Set for a page, for one in swap, and for what UFFDIO_POISON leaves in its place."""
 MANY = 16384
 """Pages of the mapping that is moved."""
 PLACES = 500
@@ -207,3 +225,182 @@ def test_move_beside_remap(ctx: Context) -> None:
         for page in range(count):
             at = ctx.dst.page(page).start if page < done else to + page * PAGE_SIZE
             expect(int.from_bytes(peek(at, 4), "little"), page, f"contents of page {page}")
+
+
+# ---- behind a fill -------------------------------------------------------------------------------------------------
+
+TRIES = 5
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request that somebody makes, and what it does."""
+
+    what: str
+    call: Callable[[], object]
+    page: int
+    """The address of the page that it changes."""
+    mark: uapi.PagemapBit
+    """What one of in pagemap tells of it."""
+
+    def refused(self) -> bool:
+        """Make it; returns whether it was refused, which must be with EAGAIN."""
+        try:
+            self.call()
+        except UffdError as error:
+            with promise("EV-04", self.what), held_up():
+                raise error
+            return True
+        return False
+
+    def done(self) -> bool:
+        """Whether the page shows it."""
+        return bool(Pagemap.entry(self.page) & self.mark)
+
+
+def refused_behind(uffd: Uffd, where: Range, requests: list[Request]) -> tuple[int, list[Request]]:
+    """Have a mapping moved while a fill is under way, and make requests meanwhile: that is their order.
+
+    The old place stays mapped. Returns the new one, and which requests were refused; these must have done nothing.
+    """
+    with (
+        poised(*(request.refused for request in requests)) as (go, waiters),
+        long_fill(uffd),
+        Waiter(lambda: remap(where, flags=MREMAP_MAYMOVE | MREMAP_DONTUNMAP)) as moving,
+    ):
+        settle(moving)
+        go()
+        refused = [request for request, waiter in zip(requests, waiters, strict=True) if waiter.result()]
+        event = uffd.wait("UFFD_EVENT_REMAP")
+        to = cast(int, moving.result())
+        expect(event, moved(where, to), "the event")
+    for request in refused:
+        expect(request.done(), False, f"whether {request.what} has been done though it said EAGAIN")
+    return to, refused
+
+
+def expect_refused(uffd: Uffd, prepare: Callable[[], tuple[Range, list[Request]]]) -> None:
+    """Assert that each of the requests is refused behind a move, and works afterwards.
+
+    One can be made before the move after all, while that waits for something else; then all are made once more.
+    """
+    left: set[str] | None = None
+    for _ in range(TRIES):
+        where, requests = prepare()
+        to, refused = refused_behind(uffd, where, requests)
+        for request in refused:
+            if not request.what.startswith("UFFDIO_MOVE"):  # what it was to move is elsewhere
+                request.call()
+                expect(request.done(), True, f"whether {request.what} has been done afterwards")
+        unmap(Range(to, where.len))
+        left = {request.what for request in requests if left is None or request.what in left}
+        left -= {request.what for request in refused}
+        if not left:
+            return
+    raise AssertionError(f"EV-04: behind a move expected EAGAIN; {', '.join(sorted(left or ()))} did what was asked")
+
+
+@uffd_case(
+    "requests-behind-move",
+    mem=(ANON,),
+    features=REMAP | Feature.MOVE | Feature.POISON | Feature.PAGEFAULT_FLAG_WP,
+    pages=8,
+    rows=("EV-04", "MV-26", "WP-31"),
+    kind=Kind.DETAIL,
+)
+def test_requests_behind_move(ctx: Context) -> None:
+    """What is asked for while a move of a mapping waits for its turn says EAGAIN behind it, and does nothing."""
+    ctx.src.fill()
+    uffd, size = ctx.uffd, PAGE_SIZE
+
+    def prepare() -> tuple[Range, list[Request]]:
+        below, area, above = (ctx.allocate(8) for _ in range(3))
+        area.fill(0, 2)
+        for other in below, above:
+            other.fill(0, 1)
+        for one in below, area, above:
+            uffd.register(one.range, MISSING | WP)
+        low, high, old = below.page, above.page, area.page
+        requests = [
+            Request("UFFDIO_COPY", lambda: uffd.copy(low(1).start, ctx.src.start, size), low(1).start, FILLED),
+            Request("UFFDIO_ZEROPAGE", lambda: uffd.zeropage(low(2)), low(2).start, FILLED),
+            Request("UFFDIO_POISON", lambda: uffd.poison(low(3)), low(3).start, FILLED),
+            Request("UFFDIO_MOVE upwards", lambda: uffd.move(low(4).start, old(0).start, size), low(4).start, FILLED),
+            Request("UFFDIO_MOVE down", lambda: uffd.move(high(1).start, old(1).start, size), high(1).start, FILLED),
+            Request("UFFDIO_WRITEPROTECT", lambda: uffd.writeprotect(high(0)), high(0).start, uapi.PM_UFFD_WP),
+            Request("UFFDIO_ZEROPAGE at the old place", lambda: uffd.zeropage(old(2)), old(2).start, FILLED),
+        ]
+        return area.range, requests
+
+    expect_refused(uffd, prepare)
+
+
+@uffd_case(
+    "continue-behind-move",
+    mem=(SHMEM,),
+    features=REMAP | Feature.MINOR_SHMEM,
+    pages=4,
+    rows=("EV-04", "CT-22"),
+    kind=Kind.DETAIL,
+)
+def test_continue_behind_move(ctx: Context) -> None:
+    """The same for UFFDIO_CONTINUE, and for shared memory."""
+    uffd = ctx.uffd
+
+    def prepare() -> tuple[Range, list[Request]]:
+        area, other = ctx.allocate(4), ctx.allocate(4)
+        for one in area, other:
+            one.pattern.fill(one.alias.start, 0, 2)
+            uffd.register(one.range, MISSING | MINOR)
+        new, old = other.page, area.page
+        requests = [
+            Request("UFFDIO_CONTINUE", lambda: uffd.continue_(new(0)), new(0).start, FILLED),
+            Request("UFFDIO_CONTINUE at the old place", lambda: uffd.continue_(old(1)), old(1).start, FILLED),
+            Request("UFFDIO_ZEROPAGE at the old place", lambda: uffd.zeropage(old(3)), old(3).start, FILLED),
+        ]
+        return area.range, requests
+
+    expect_refused(uffd, prepare)
+
+
+@uffd_case(
+    "move-behind-neighbour",
+    mem=(ANON,),
+    features=REMAP | Feature.MOVE,
+    pages=1,
+    rows=("EV-04", "MV-26"),
+    kind=Kind.DETAIL,
+)
+def test_move_behind_neighbour(ctx: Context) -> None:
+    """UFFDIO_MOVE whose source becomes part of the destination's mapping while it waits says EAGAIN, and works later.
+
+    What is moved there replaces the source and what is being filled. The kernel must not lock one mapping twice.
+    """
+    uffd = ctx.uffd
+
+    def refused() -> bool:
+        area, new = ctx.allocate(LONG_FILL + 3), ctx.allocate(LONG_FILL + 1)
+        dst, src = area.page(0, 2), area.page(2)
+        for page in dst.start, src.start:
+            poke(page, b"there")
+        for one in dst, new.range:
+            uffd.register(one, MISSING)
+        to = Range(src.start, new.range.len)
+        request = Request("UFFDIO_MOVE", lambda: uffd.move(area.page(1).start, src.start, PAGE_SIZE), 0, FILLED)
+        with (
+            poised(request.refused) as (go, [waiter]),
+            long_fill(uffd, area.page(3, LONG_FILL)),
+            Waiter(lambda: remap(new.range, to=to.start)) as moving,
+        ):
+            settle(moving)
+            go()
+            waiter.result()
+            expect(uffd.wait("UFFD_EVENT_REMAP"), moved(new.range, to.start), "the event")
+        expect_modes(area.range, MISSING)
+        uffd.zeropage(src)
+        if waiter.result():
+            request.call()
+        return bool(waiter.result())
+
+    if not any(refused() for _ in range(TRIES)):
+        raise AssertionError("EV-04: behind a move expected EAGAIN; UFFDIO_MOVE did what was asked")

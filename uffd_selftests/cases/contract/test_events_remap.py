@@ -53,6 +53,17 @@ def test_remap_event(ctx: Context) -> None:
     expect_served(ctx, place.page(2))
 
 
+@uffd_case("remap-unwatched", mem=NOT_HUGETLB, features=REMAP | UNMAP, pages=2, rows=("EV-18",), kind=Kind.DETAIL)
+def test_remap_unwatched(ctx: Context) -> None:
+    """A mapping that nobody watches moves without an event, and is watched no more than before."""
+    ctx.uffd.register(ctx.dst.range, MISSING)
+    old, place = ctx.allocate(), ctx.allocate()
+    old.fill()
+    undisturbed(ctx.uffd, lambda: remap(old.range, to=place.start))
+    expect_modes(place.range, UNREGISTERED)
+    place.expect_pattern_of(old)
+
+
 @uffd_case("remap-event-order", mem=ALL, features=REMAP | UNMAP | REMOVE, pages=2, rows=("EV-19",), kind=Kind.DETAIL)
 def test_remap_event_order(ctx: Context) -> None:
     """A mapping moved over registered memory announces what it replaces, then its move, then its old place."""

@@ -7,10 +7,12 @@ import ctypes
 import os
 import struct
 import sys
-from collections.abc import Callable
-from contextlib import suppress
-from errno import EINTR
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from errno import EEXIST, EINTR
+from functools import partial
 from io import FileIO
+from signal import SIGKILL
 
 from uffd_selftests import uapi
 from uffd_selftests.case import Kind, uffd_case
@@ -21,17 +23,19 @@ from uffd_selftests.common import (
     UNTOUCHED,
     Context,
     Pagemap,
+    Skip,
     Uffd,
     eventually,
     expect,
 )
-from uffd_selftests.mem_types import ANON, HUGETLB, SHMEM, SHMEM_PRIVATE
+from uffd_selftests.mem_types import ANON, HUGETLB, HUGETLB_PRIVATE, SHMEM, SHMEM_PRIVATE
 from uffd_selftests.memory import (
     MAP_ANONYMOUS,
     MAP_NORESERVE,
     MAP_PRIVATE,
     MAP_SHARED,
     PAGE_SIZE,
+    PROT_READ,
     Advice,
     KernelError,
     Range,
@@ -40,9 +44,10 @@ from uffd_selftests.memory import (
     mapped,
     peek,
     poke,
+    protect,
     touch,
 )
-from uffd_selftests.processes import Channel, Child
+from uffd_selftests.processes import Channel, Child, Waiter, long_fill, poised, settle
 from uffd_selftests.uapi import PM_PRESENT, PM_SWAP, Feature
 
 TRIES = 20
@@ -183,3 +188,105 @@ def test_move_killed(ctx: Context) -> None:
             if output < length:
                 return
     raise AssertionError(f"SIGKILL did not end any of {TRIES} moves before its last page")
+
+
+# ---- killed before it could begin ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def address_space_busy(uffd: Uffd) -> Iterator[None]:
+    """Keep the lock of the address space taken: a thread changes a mapping in which another one fills many pages."""
+    with long_fill(uffd) as where, Waiter(lambda: protect(where, PROT_READ)) as changing:
+        settle(changing)
+        yield
+
+
+def killed_waiting(prepare: Callable[[Uffd], tuple[int, ctypes.Structure]]) -> int | None:
+    """Kill a process whose request waits for the lock of its address space; return the output field.
+
+    ``prepare`` returns the request and its argument, whose last word that is. What waits for a lock cannot be
+    interrupted: the request is made, by a process that is dead already. None stands for one that did not wait.
+    """
+    with mapped(PAGE_SIZE, flags=MAP_SHARED | MAP_ANONYMOUS) as shared:
+        flag = shared.end - 1
+
+        def caller(channel: Channel) -> None:
+            uffd = Uffd.open()
+            request, arg = prepare(uffd)
+            poke(shared.start, bytes(arg))
+            channel.send(ctypes.sizeof(arg))
+            call = partial(uffd.raw_ioctl, request, shared.start)
+            with poised(call) as (go, [waiter]), address_space_busy(uffd):
+                go()
+                poke(flag, b"\1" if waiter.asleep else b"\0")
+                os.kill(os.getpid(), SIGKILL)
+
+        with Child(caller) as child:
+            size = child.receive()
+            eventually(lambda: child.ended, "the child process to be killed")
+            child.kill()
+        (output,) = struct.unpack("=q", peek(shared.start + size - 8, 8))
+        return int(output) if peek(flag) == b"\1" else None
+
+
+def expect_one(attempt: Callable[[], int | None], wanted: int, all_of_it: int) -> None:
+    """Assert what a killed request has put into its output field; a few may be over just before the kill."""
+    outputs = set()
+    for _ in range(TRIES):
+        output = attempt()
+        outputs.add(output)
+        if output not in (None, all_of_it):
+            expect(errno_name(output or 0), errno_name(wanted), "output field of the request of a killed process")
+            return
+    if outputs == {None}:
+        raise Skip(f"none of {TRIES} requests had to wait: is the machine busy?")
+    raise AssertionError(f"SIGKILL did not end any of {TRIES} requests before the last page")
+
+
+@uffd_case(
+    "fills-killed-waiting",
+    mem=(HUGETLB_PRIVATE,),
+    variants=("poison", "continue"),
+    features=MINOR_FAULTS | Feature.POISON,
+    pages=2,
+    rows=("CP-51",),
+    kind=Kind.DETAIL,
+)
+def test_fills_killed_waiting(ctx: Context, variant: str) -> None:
+    """A process that is killed while its request for two huge pages waits to begin fills one of them, and no more."""
+    dst = ctx.dst.range
+    if variant == "continue":
+        with ctx.dst.file_view() as where:
+            ctx.dst.pattern.fill(where.start, 0, ctx.nr_pages)
+
+    def prepare(uffd: Uffd) -> tuple[int, ctypes.Structure]:
+        uffd.register(dst, MINOR if variant == "continue" else MISSING)
+        some = uapi.uffdio_range(dst.start, dst.len)
+        if variant == "continue":
+            return uapi.UFFDIO_CONTINUE, uapi.uffdio_continue(some, 0, UNTOUCHED)
+        return uapi.UFFDIO_POISON, uapi.uffdio_poison(some, 0, UNTOUCHED)
+
+    expect_one(lambda: killed_waiting(prepare), ctx.page_size, dst.len)
+
+
+@uffd_case(
+    "move-killed-waiting",
+    mem=(ANON,),
+    variants=("free", "taken"),
+    features=Feature.MOVE,
+    pages=2,
+    rows=("CP-51", "MV-03"),
+    kind=Kind.DETAIL,
+)
+def test_move_killed_waiting(ctx: Context, variant: str) -> None:
+    """UFFDIO_MOVE likewise says EINTR, but where its first page cannot be moved anyway it says why: EEXIST."""
+    src, dst = ctx.src, ctx.dst
+
+    def prepare(uffd: Uffd) -> tuple[int, ctypes.Structure]:
+        src.fill()
+        if variant == "taken":
+            touch(dst.page(0), PAGE_SIZE)  # by the page of zeroes
+        uffd.register(dst.range, MISSING)
+        return uapi.UFFDIO_MOVE, uapi.uffdio_move(dst.start, src.start, dst.range.len, 0, UNTOUCHED)
+
+    expect_one(lambda: killed_waiting(prepare), -EEXIST if variant == "taken" else -EINTR, dst.range.len)

@@ -21,9 +21,12 @@ from uffd_selftests.common import (
     Pagemap,
     Skip,
     Uffd,
+    UffdError,
     bad_ranges,
     eventually,
     expect,
+    expect_errno,
+    fails,
     held_up,
     huge_area,
     prevent_hugepages,
@@ -59,12 +62,16 @@ from uffd_selftests.memory import (
     user_space_end,
 )
 from uffd_selftests.processes import (
+    LONG_FILL,
     Channel,
     Child,
     Waiter,
     faulting,
     faulting_pages,
+    long_fill,
     orphaned,
+    poised,
+    settle,
     undisturbed,
     unread_event,
 )
@@ -158,6 +165,18 @@ def test_move_dontwake(ctx: Context) -> None:
         ctx.uffd.wake(ctx.dst.page(0))
     expect_moved(ctx, 0)
     ctx.uffd.expect_no_message()
+
+
+@uffd_case("move-unread", mem=(ANON,), features=MOVE, pages=2, rows=("MV-01", "RD-16"))
+def test_move_unread(ctx: Context) -> None:
+    """UFFDIO_MOVE takes away the message of a fault that it resolves before anybody has read it."""
+    prepare(ctx)
+    with faulting(ctx.uffd, ctx.dst.start, read=False):
+        move(ctx, 0)
+        expect(ctx.uffd.readable(), False, "POLLIN after the move")
+        ctx.uffd.expect_no_message()
+        expect((ctx.uffd.fdinfo.pending, ctx.uffd.fdinfo.total), (0, 0), "pending and total of fdinfo")
+    expect_moved(ctx, 0)
 
 
 @uffd_case("move-within", mem=(ANON,), features=MOVE, pages=4, rows=("MV-17",))
@@ -573,6 +592,49 @@ def test_move_unmapped(ctx: Context) -> None:
     ctx.src.expect_pattern_of(ctx.src, 2, 2)
 
 
+@uffd_case("move-from-nowhere", mem=(ANON, SHMEM), features=MOVE, pages=3, rows=("MV-06", "MV-11"))
+def test_move_from_nowhere(ctx: Context) -> None:
+    """From where nothing is mapped, below or above, UFFDIO_MOVE says ENOENT; into shared memory EINVAL will do."""
+    dst = ctx.dst.page(1)
+    unmap(ctx.dst.page(0))
+    unmap(ctx.dst.page(2))
+    ctx.uffd.register(dst, MISSING)
+    refused = [ENOENT, EINVAL] if ctx.mem.shared else [ENOENT]
+    for what, src in ("below", dst.start - ctx.page_size), ("above", dst.end):
+        for mode in (MoveMode(0), HOLES):
+            with promise("MV-06", f"from {what}, {mode}"), fails(*refused):
+                ctx.uffd.move(dst.start, src, ctx.page_size, mode)
+    Pagemap.expect_present(ctx.dst)
+
+
+@uffd_case("move-vanished", mem=(ANON,), features=MOVE, pages=1, rows=("MV-06",), kind=Kind.DETAIL)
+def test_move_vanished(ctx: Context) -> None:
+    """UFFDIO_MOVE says ENOENT, too, where both mappings go away while it waits for the address space.
+
+    Three mappings in a row are unmapped, source first; then it takes until a fill of the one between is over.
+    """
+    area, uffd = ctx.allocate(LONG_FILL + 3), ctx.uffd
+    src, between, dst = area.page(0), area.page(1, LONG_FILL), area.page(1 + LONG_FILL, 2)
+    for page in src.start, dst.start:
+        poke(page, b"there")
+    uffd.register(dst, MISSING)
+    advise(dst, Advice.DONTDUMP)  # now it differs from what is between, as the source does, which is not registered
+
+    def move_late() -> None:
+        try:
+            uffd.move(dst.start + PAGE_SIZE, src.start, PAGE_SIZE)
+        except UffdError as error:  # none if it came before after all
+            expect_errno(error, ENOENT, "errno of the move")
+
+    with (
+        poised(move_late) as (go, _),
+        long_fill(uffd, between),
+        Waiter(lambda: unmap(area.range)) as unmapping,
+    ):
+        settle(unmapping)
+        go()
+
+
 @uffd_case("move-not-registered", mem=(ANON,), features=MOVE, pages=2, rows=("MV-07",))
 def test_move_not_registered(ctx: Context) -> None:
     """UFFDIO_MOVE wants a destination that is registered, and with this very handle."""
@@ -640,6 +702,25 @@ def test_move_protections(ctx: Context) -> None:
         protect(area.range, READ_WRITE)
     expect_moved(ctx)
     move(ctx, 0)
+
+
+@uffd_case("move-protection-keys", mem=(ANON,), features=MOVE, pages=2, rows=("MV-09",), kind=Kind.DETAIL)
+def test_move_protection_keys(ctx: Context) -> None:
+    """UFFDIO_MOVE wants both mappings to have the same protection key, too: it would let a page out of its domain."""
+    prepare(ctx)
+    try:
+        key = syscalls.call("pkey_alloc", 0, 0)
+    except KernelError as error:
+        raise Skip(f"no protection keys: {errno_name(error.errno or 0)}: a processor and a kernel with them") from None
+    for what, area in ("source", ctx.src), ("destination", ctx.dst):
+        syscalls.call("pkey_mprotect", area.start, area.range.len, READ_WRITE, key)
+        if area is ctx.src:
+            with promise("MV-09", f"only the {what} with a key"), refuses(EINVAL):
+                move(ctx, 0)
+            expect_moved(ctx)
+    with promise("MV-09", "both with the same key"):
+        move(ctx, 0)
+        expect_moved(ctx, 0)
 
 
 @uffd_case("move-locked", mem=(ANON,), features=MOVE, pages=2, rows=("MV-09", "MV-10"))

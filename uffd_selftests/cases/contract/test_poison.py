@@ -122,6 +122,19 @@ def test_poison_wakes(ctx: Context) -> None:
         expect_trap(waiter.result(), start, "of the thread that waited")
 
 
+@uffd_case("poison-unread", mem=ALL, features=Feature.POISON, pages=2, rows=("PO-07", "RD-16"))
+def test_poison_unread(ctx: Context) -> None:
+    """UFFDIO_POISON takes away the message of a fault that it answers before anybody has read it."""
+    start = ctx.dst.start
+    ctx.uffd.register(ctx.dst.range, MISSING)
+    with faulting(ctx.uffd, start, call=partial(access, start), read=False) as waiter:
+        ctx.uffd.poison(ctx.dst.page(0))
+        expect(ctx.uffd.readable(), False, "POLLIN after UFFDIO_POISON")
+        ctx.uffd.expect_no_message()
+        expect((ctx.uffd.fdinfo.pending, ctx.uffd.fdinfo.total), (0, 0), "pending and total of fdinfo")
+    expect_trap(waiter.result(), start, "of the thread that waited")
+
+
 @uffd_case("poison-dontwake", mem=ALL, features=Feature.POISON, pages=2, rows=("PO-04", "PO-07"))
 def test_poison_dontwake(ctx: Context) -> None:
     """With DONTWAKE the thread sleeps on, through a refused second UFFDIO_POISON too, and gets SIGBUS when it wakes."""

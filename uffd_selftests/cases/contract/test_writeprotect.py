@@ -31,6 +31,8 @@ from uffd_selftests.common import (
     expect,
     fails,
     huge_area,
+    own_swap,
+    page_out,
     promise,
     refuses,
     require_collapse,
@@ -70,6 +72,7 @@ from uffd_selftests.memory import (
     poke,
     protect,
     remap,
+    smaps_bytes,
     smaps_fields,
     touch,
     touch_trapped,
@@ -924,6 +927,32 @@ def test_writeprotect_swap(ctx: Context) -> None:
 
 
 @uffd_case(
+    "writeprotect-swapoff",
+    mem=NOT_HUGETLB,
+    features=WRITEPROTECT,
+    needs=("cap_sys_admin",),
+    pages=3,
+    rows=("WP-23",),
+)
+def test_writeprotect_swapoff(ctx: Context) -> None:
+    """Pages that are read back because their swap space goes away are as protected as before."""
+    area = filled(ctx)
+    ctx.uffd.writeprotect(area.page(0, 2))
+    with own_swap() as swap:
+        page_out(area.range, lambda: smaps_bytes(area.range, "Swap") == area.range.len)
+        Pagemap.expect_protected(area, {0, 1}, "of pages swapped out")
+        with promise("WP-23", "swapoff"):
+            swap.off()
+            expect(smaps_bytes(area.range, "Swap"), 0, "bytes in swap, after swapoff")
+            Pagemap.expect_protected(area, {0, 1}, "after swapoff")
+            undisturbed(ctx.uffd, lambda: area.expect_pattern_of(area))
+            expect_free(ctx.uffd, area, 2)
+            expect_trapped(ctx.uffd, area, 0, 1)
+    mend(ctx, area, 0, 1)
+    area.expect_pattern_of(area)
+
+
+@uffd_case(
     "writeprotect-swap-mprotect",
     mem=(ANON, SHMEM_PRIVATE),
     features=WRITEPROTECT,
@@ -1239,6 +1268,35 @@ def test_writeprotect_thp_mprotect(ctx: Context) -> None:
     expect(pmd_mapped(area.range), area.range.len, "bytes mapped by a huge page")
     Pagemap.expect_protected(area, range(area.nr_pages), "after mprotect back")
     expect_trapped(ctx.uffd, area, 7, 0)
+
+
+@uffd_case(
+    "writeprotect-thp-split",
+    mem=(ANON,),
+    features=WRITEPROTECT,
+    needs=("thp",),
+    pages=1,
+    rows=("WP-24", "REG-40"),
+    kind=Kind.DETAIL,
+)
+def test_writeprotect_thp_split(ctx: Context) -> None:
+    """A huge page that the kernel splits stays protected and there, with the unused parts that become zero pages.
+
+    MADV_COLD of a part splits it; since Linux 6.12 a page that holds zeros alone is then given up.
+    """
+    area, used = ctx.allocate(pmd_size() // PAGE_SIZE), (3, 9)
+    advise(area.range, Advice.HUGEPAGE)
+    for page in used:
+        poke(area.page(page).start, NEW)
+    if pmd_mapped(area.range) < area.range.len:
+        raise Skip("no transparent huge page to be had: is memory short or fragmented?")
+    ctx.uffd.register(area.range, MISSING | WP)
+    ctx.uffd.writeprotect(area.range)
+    advise(area.page(used[0]), Advice.COLD)
+    Pagemap.expect_protected(area, range(area.nr_pages), "after MADV_COLD of one page")
+    undisturbed(ctx.uffd, lambda: area.expect_zero(10))
+    expect([peek(area.page(page).start, len(NEW)) for page in used], [NEW, NEW], "what was written before")
+    expect_trapped(ctx.uffd, area, 0, *used, area.nr_pages - 1)
 
 
 @uffd_case(

@@ -58,7 +58,7 @@ from uffd_selftests.memory import (
     unmap,
 )
 from uffd_selftests.processes import Channel, Child, faulting, handled, undisturbed
-from uffd_selftests.tracking import ASYNC, RESTART
+from uffd_selftests.tracking import ASYNC, RESTART, two_page_tables
 from uffd_selftests.uapi import PM_SOFT_DIRTY, Feature, PageCategory, PagefaultFlag
 
 TRAPPED = PagefaultFlag.WRITE | PagefaultFlag.WP
@@ -196,13 +196,13 @@ def test_scan_huge_hole(ctx: Context) -> None:
     Before "fs/proc/task_mmu: fix hugetlb self-deadlock in pagemap_scan_pte_hole()" it waits for a lock that it holds
     itself, and no signal ends that.
     """
-    per_table = PAGE_SIZE // 8
-    area = ctx.allocate(2 * per_table)  # the second half has a table of its own, which is not there
+    area, table = two_page_tables(ctx)
     poke(area.start, b"\1")
     ctx.uffd.register(area.range, WP)
     scan = Pagemap.scan(area.range, PageCategory.WPALLOWED, flags=RESTART)
     expect(scan.walk_end, area.range.end, "where the scan stopped looking")
     Pagemap.expect_uffd_wp(area.start, True, "page 0, which is there, after the scan")
+    Pagemap.expect_uffd_wp(area.page(table).start, True, f"page {table}, which has no page table, after the scan")
 
 
 # ---- memory that is broken -----------------------------------------------------------------------------------------
