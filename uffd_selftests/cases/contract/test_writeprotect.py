@@ -1217,7 +1217,8 @@ def test_writeprotect_thp(ctx: Context) -> None:
         undisturbed(ctx.uffd, lambda: area.expect_pattern_of(area))
     page = area.page(7)
     write = partial(poke, page.start + 9, NEW)
-    with faulting(ctx.uffd, page.start + 9, call=write, flags=TRAPPED):
+    with faulting(ctx.uffd, page.start + 9, call=write, flags=TRAPPED) as waiter:
+        waiter.expect_sleeping()  # a writer that the kernel lets try again and again is on the list, too, now and then
         ctx.uffd.expect_still_asleep(1)
         ctx.uffd.unprotect(page)
     Pagemap.expect_protected(area, set(range(area.nr_pages)) - {7}, "after un-protecting page 7")
