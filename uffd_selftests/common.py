@@ -1048,6 +1048,10 @@ class Scan(NamedTuple):
         return f"{self.regions}, looking until {self.walk_end:#x}"
 
 
+FILLED = uapi.PM_PRESENT | uapi.PM_SWAP
+"""Set in pagemap for a page, for one in swap, and for what UFFDIO_POISON leaves in its place."""
+
+
 class Pagemap:
     """/proc/self/pagemap of the process that asks: one 64-bit entry a base page (PM_* of uapi)."""
 
@@ -1068,6 +1072,18 @@ class Pagemap:
     def entry(cls, address: int) -> int:
         """Return the entry of the page at ``address``."""
         return cls.entries(Range(address, PAGE_SIZE))[0]
+
+    @classmethod
+    def filled(cls, where: Range, stride: int = PAGE_SIZE) -> list[bool]:
+        """Return of every ``stride`` bytes of a range whether there is a page, or what UFFDIO_POISON leaves."""
+        return [bool(entry & FILLED) for entry in cls.entries(where)[:: stride // PAGE_SIZE]]
+
+    @classmethod
+    def expect_first(cls, where: Range, done: int, when: str, stride: int = PAGE_SIZE) -> None:
+        """Assert that of every ``stride`` bytes of a range just the first ``done`` are filled."""
+        filled = cls.filled(where, stride)
+        expect(filled.count(True), done, f"pages that are there {when}")
+        expect(all(filled[:done]), True, f"whether they are the first ones {when}")
 
     @classmethod
     def uffd_wp(cls, address: int) -> bool:

@@ -262,7 +262,7 @@ class Swap:
         self._entry: _Entry | None = None
 
     def __enter__(self) -> Swap:
-        if swap_files() and not self.own:
+        if not self.own and _has_swap():
             return self
         try:
             if self.own:
@@ -356,6 +356,15 @@ def release_swap() -> None:
         fcntl.flock(_swap_turn.fd, fcntl.LOCK_UN)  # a child may have the file open, too
         os.close(_swap_turn.fd)
         _swap_turn.fd, _swap_turn.alone = -1, False
+
+
+def _has_swap() -> bool:
+    """Whether the machine has swap, disks apart that others have for a moment only."""
+    keep_swap()
+    try:
+        return bool(swap_files())
+    finally:
+        release_swap()
 
 
 def swap_files() -> list[str]:

@@ -18,6 +18,7 @@ from typing import cast
 from uffd_selftests import syscalls, uapi
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
+    FILLED,
     MINOR,
     MISSING,
     WP,
@@ -54,10 +55,8 @@ from uffd_selftests.memory import (
 from uffd_selftests.native import lib
 from uffd_selftests.processes import LONG_FILL, Waiter, long_fill, poised, settle
 from uffd_selftests.races import SUCCESS, Race, Racer, copier, mover, protector, zeroer
-from uffd_selftests.uapi import PM_PRESENT, PM_SWAP, Feature
+from uffd_selftests.uapi import Feature
 
-FILLED = PM_PRESENT | PM_SWAP
-"""Set for a page, for one in swap, and for what UFFDIO_POISON leaves in its place."""
 MANY = 16384
 """Pages of the mapping that is moved."""
 PLACES = 500
@@ -118,13 +117,6 @@ def each_place(racer: Racer) -> Racer:
     return dataclasses.replace(racer, strides=strides, count=PLACES, again=())
 
 
-def expect_first(where: Range, done: int, what: str) -> None:
-    """Assert that of the places just the first ones have a page, or what UFFDIO_POISON leaves in its place."""
-    there = [bool(entry & (PM_PRESENT | PM_SWAP)) for entry in Pagemap.entries(where)[::2]]
-    expect(there.count(True), done, f"pages {what}, after as many requests as succeeded")
-    expect(all(there[:done]), True, "they are the first ones")
-
-
 @uffd_case(
     "fills-beside-remap",
     mem=(ANON,),
@@ -152,7 +144,7 @@ def test_fills_beside_remap(ctx: Context, variant: str) -> None:
         if variant == "copy":
             racer = dataclasses.replace(racer, strides=(2 * PAGE_SIZE, PAGE_SIZE))
         done = overtaken(ctx.uffd, big, to, racer)
-        expect_first(where, done, f"of UFFDIO_{variant.upper()}")
+        Pagemap.expect_first(where, done, f"when {done} requests succeeded", 2 * PAGE_SIZE)
 
 
 @uffd_case(
@@ -175,7 +167,7 @@ def test_continue_beside_remap(ctx: Context) -> None:
             (2 * PAGE_SIZE,), PLACES, fd=ctx.uffd.fd, output=3,
         )  # fmt: skip
         done = overtaken(ctx.uffd, big, to, racer)
-        expect_first(where, done, "of UFFDIO_CONTINUE")
+        Pagemap.expect_first(where, done, f"when {done} requests succeeded", 2 * PAGE_SIZE)
     os.close(fd)
 
 
@@ -220,7 +212,7 @@ def test_move_beside_remap(ctx: Context) -> None:
         racer = mover(ctx.uffd, ctx.dst.start, big.start, PAGE_SIZE, count)
         done = overtaken(ctx.uffd, big, to, racer, MREMAP_DONTUNMAP)
         Pagemap.expect_present(ctx.dst, *range(done), PLACES - 1)
-        there = [bool(entry & (PM_PRESENT | PM_SWAP)) for entry in Pagemap.entries(Range(to, count * PAGE_SIZE))]
+        there = Pagemap.filled(Range(to, count * PAGE_SIZE))
         expect(there, [page >= done for page in range(count)], f"pages at the new place, after {done} moves")
         for page in range(count):
             at = ctx.dst.page(page).start if page < done else to + page * PAGE_SIZE

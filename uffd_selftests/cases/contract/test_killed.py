@@ -17,6 +17,7 @@ from signal import SIGKILL
 from uffd_selftests import uapi
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
+    FILLED,
     MINOR,
     MINOR_FAULTS,
     MISSING,
@@ -48,15 +49,11 @@ from uffd_selftests.memory import (
     touch,
 )
 from uffd_selftests.processes import Channel, Child, Waiter, long_fill, poised, settle
-from uffd_selftests.uapi import PM_PRESENT, PM_SWAP, Feature
+from uffd_selftests.uapi import Feature
 
 TRIES = 20
 MANY = 65536
 """Pages that take no memory each: with fewer the request would be over before it can be interrupted."""
-
-
-FILLED = PM_PRESENT | PM_SWAP
-"""Set for a page, or for what UFFDIO_POISON leaves in its place."""
 
 
 def _filled(pagemap: FileIO, address: int) -> bool:
@@ -90,11 +87,9 @@ def expect_killed(uffd: Uffd, request: int, arg: ctypes.Structure, where: Range,
     """Assert that SIGKILL ends a request between two pages, and that its output field counts those that are done."""
     for _ in range(TRIES):
         output = killed_request(uffd, request, arg, where)
-        there = [bool(entry & FILLED) for entry in Pagemap.entries(where)[:: unit // PAGE_SIZE]]
         done = output // unit
         expect(output % unit, 0, "output field, modulo the page size")
-        expect(there.count(True), done, f"pages that are there when the output is {output}")
-        expect(all(there[:done]), True, "they are the first ones")
+        Pagemap.expect_first(where, done, f"when the output is {output}", unit)
         if output < where.len:
             return
         advise(where, Advice.DONTNEED)
