@@ -50,7 +50,6 @@ CHANGES: dict[str, Callable[[], object]] = {
     "folder": lambda: os.chdir("/"),
     "shared memory": lambda: SHARED.write(b"x"),
     "mapping": lambda: mapped.append(map_memory(4096, flags=MAP_PRIVATE | MAP_ANONYMOUS)),
-    "shared mapping": lambda: mapped.append(mmap.mmap(-1, 4096)),
     "environment": lambda: os.environ.update(CHANGED="1"),
     "handler": lambda: signal.signal(signal.SIGSEGV, lambda *_: None),
     "deleted folder": vanish,

@@ -8,7 +8,6 @@ import re
 import signal
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uffd_selftests.memory import FIRST_PLACE, LAST_PLACE
@@ -29,6 +28,9 @@ VOLATILE = (
     "Cpus_allowed",  # each case gets its own
 )
 """Lines of /proc/PID/status that say nothing of what a process has changed."""
+
+FATAL = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT)
+"""Signals that faulthandler handles: /proc/PID/status does not show when somebody else does instead."""
 
 SETTLE_SECONDS = 0.005
 
@@ -138,19 +140,23 @@ def state() -> list[object]:
     namespaces = [os.readlink(f"/proc/self/ns/{name}") for name in os.listdir("/proc/self/ns")]
     scheduling = [os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0)]
     timers = [signal.getitimer(timer) for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)]
-    handlers = [signal.getsignal(number) for number in range(1, signal.NSIG)]
+    handlers = [signal.getsignal(number) for number in FATAL]
     rest = [os.getcwd(), dict(os.environ), sorted(_links("self")), has_children()]
     return [status, files, namespaces, scheduling, timers, handlers, _mappings(), *rest]
 
 
-def _mappings() -> list[str]:
-    """Return the mappings that Python does not make: the cases' own, shared ones and those of huge pages."""
-    found = []
-    for line in _read("/proc/self/maps").splitlines():
-        where, what = line.split(" ", 1)
-        if FIRST_PLACE <= int(where.partition("-")[0], 16) < LAST_PLACE or what[3] == "s" or "/anon_hugepage" in what:
-            found.append(line)
-    return found
+def _mappings() -> list[bytes]:
+    """Return the lines of the mappings that lie where the cases have theirs (memory.map_memory)."""
+    fd = os.open("/proc/self/maps", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        lines: list[bytes] = []
+        while chunk := os.read(fd, 1 << 16):  # a page of whole lines, in the order of their addresses
+            lines += chunk.splitlines()
+            if int(lines[-1].partition(b"-")[0], 16) >= LAST_PLACE:
+                break
+    finally:
+        os.close(fd)
+    return [line for line in lines if FIRST_PLACE <= int(line.partition(b"-")[0], 16) < LAST_PLACE]
 
 
 def is_in(before: list[object]) -> bool:
@@ -227,6 +233,7 @@ def _userfaultfd_lines(pid: int) -> Iterator[str]:
 def _read(path: str) -> str:
     """Return the text of a /proc file without the last line end; empty when it cannot be read (EPERM, ESRCH...)."""
     try:
-        return Path(path).read_bytes().decode(errors="replace").rstrip("\n")
+        with open(path, "rb", buffering=0) as file:
+            return file.readall().decode(errors="replace").rstrip("\n")
     except OSError:
         return ""
