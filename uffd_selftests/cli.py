@@ -243,7 +243,8 @@ def _pytest_arguments(args: argparse.Namespace, passed: list[str], ktap_fd: int)
             yield "--report-data-only"
     if not passed:
         yield from ("--progress", "--tb=no")
-        for name in ("cacheprovider", "logging", "threadexception", "unraisableexception"):  # each costs every case
+        # Each of them costs every case.
+        for name in ("cacheprovider", "logging", "threadexception", "unraisableexception", "warnings"):
             yield from ("-p", f"no:{name}")
     if not paths:
         yield from args.case_file or [str(CASES)]

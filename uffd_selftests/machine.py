@@ -106,7 +106,7 @@ def hugepages(size: int) -> HugepageCounts:
     pool = _pool(size)
     names = ("nr_hugepages", "free_hugepages", "resv_hugepages", "surplus_hugepages")
     try:
-        return HugepageCounts(*(int((pool / name).read_text()) for name in names))
+        return HugepageCounts(*(_number(f"{pool}/{name}") for name in names))
     except OSError:
         return HugepageCounts(0, 0, 0, 0)
 
@@ -509,10 +509,11 @@ def _memory_hierarchy() -> tuple[Path, int]:
     raise OSError(errno.ENOENT, "no memory cgroup: CONFIG_MEMCG, and mount -t cgroup2 none /sys/fs/cgroup")
 
 
-def _number(path: Path) -> int:
+def _number(path: Path | str) -> int:
     """Read a number; 0 from a file that this kernel lacks."""
     try:
-        return int(path.read_text())
+        with open(path, "rb", buffering=0) as file:
+            return int(file.readall())
     except FileNotFoundError:
         return 0
 

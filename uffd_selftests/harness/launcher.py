@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import time
@@ -51,6 +52,8 @@ class Launcher:
             finally:
                 os._exit(status)
         theirs.close()
+        self._answers = select.poll()
+        self._answers.register(self._channel.fileno(), select.POLLIN)
         self.alive = True
         """False when it died on its own: it is of no use then."""
 
@@ -62,7 +65,7 @@ class Launcher:
         started = time.monotonic()
         with contextlib.suppress(OSError, EOFError):
             self._channel.send((name, deadline, more))
-            if self._channel.poll(deadline + LATE_SECONDS):
+            if self._answers.poll((deadline + LATE_SECONDS) * 1000):
                 ending: Ending = self._channel.recv()
                 return ending
         self.alive = False
