@@ -117,7 +117,7 @@ class Isolator:
     def close(self) -> None:
         """Stop being the reaper, after having cleared away what an exception may have left in the middle of run."""
         for child in list(self._own.values()):
-            self._end(child)
+            self.end(child)
         self._clear_strays()
         _prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
@@ -158,26 +158,33 @@ class Isolator:
         leftovers: list[str] = []
         immortal: list[str] = []
         hang = None
+        rests = False
         try:
             if not child.wait(started + deadline):
                 hang = self._look(child.pid)
+            records, problem = child.verdict()
+            rests = child.rests and not problem and not self._strays()
         finally:
-            rests = child.rests and not child.verdict()[1] and not self._strays()
-            if not rests and not self._end(child):
-                immortal.append(f"process {child.pid} cannot be killed")
-            for stray, died in self._clear_strays():
-                (leftovers if died else immortal).append(f"process {stray}" + ("" if died else " cannot be killed"))
+            if not rests:
+                if not self.end(child):
+                    immortal.append(f"process {child.pid} cannot be killed")
+                for stray, died in self._clear_strays():
+                    (leftovers if died else immortal).append(f"process {stray}" + ("" if died else " cannot be killed"))
         seconds = time.monotonic() - started
-        records, problem = child.verdict()
         if hang is not None:
             return Ending(How.TIMEOUT, f"{deadline:g} seconds", records, hang + child.traceback, immortal, seconds)
         if problem:
             return Ending(How.ERROR, problem, records, child.traceback, immortal, seconds)
         return Ending(How.DONE, "", records, [], leftovers + immortal, seconds, rests)
 
-    def dismiss(self, child: Child) -> None:
-        """End a child that waits for work."""
-        self._end(child)
+    def end(self, child: Child) -> bool:
+        """Kill a child unless it has ended by itself, and release it; False when it does not die."""
+        died = child.kill()
+        if not died:
+            self._spared.add(child.pid)
+        child.close()
+        del self._own[child.pid]
+        return died
 
     def _fork(self, take: Callable[[], Order]) -> Child:
         """Fork a child, which calls take and does what that returns, again and again as long as it may rest."""
@@ -210,15 +217,6 @@ class Isolator:
         self._own[pid] = Child(pid, reports, notes)
         return self._own[pid]
 
-    def _end(self, child: Child) -> bool:
-        """Kill a child unless it has ended by itself, and release it; False when it does not die."""
-        died = child.kill()
-        if not died:
-            self._spared.add(child.pid)
-        child.close()
-        del self._own[child.pid]
-        return died
-
     def _look(self, pid: int) -> list[str]:
         """Say what a hung child and its family are doing; from a child of its own, for this can hang as well."""
         adopted = [stray.pid for stray in self._strays()]
@@ -226,7 +224,7 @@ class Isolator:
         try:
             looker.wait(time.monotonic() + LOOK_SECONDS)
         finally:
-            self._end(looker)
+            self.end(looker)
         records, _ = looker.verdict()
         for lines in records:
             if isinstance(lines, list):

@@ -104,7 +104,7 @@ def _serve(channel: Connection, find: Callable[[str], Work], guarded: Iterable[i
             order = channel.recv()
             if order is None:
                 if resting:
-                    isolator.dismiss(resting)
+                    isolator.end(resting)
                 resting = None
                 continue
             name, deadline, more = order

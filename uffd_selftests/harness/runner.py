@@ -192,7 +192,7 @@ class Runner:
                 self._isolator.spare(self._launcher.pid)
         case, variant, mem = declaration(item)
         assert case
-        more = self._shares and self._goes_on(item, self._nextitem)
+        more = self._shares and not case.stress and self._goes_on(item)
         ending = self._launcher.run(item.nodeid, deadline=deadline, more=more)
         self._together = [*self._together, case.result_name(variant, mem)] if ending.rests else []
         if not self._launcher.alive:
@@ -226,12 +226,13 @@ class Runner:
         if not failed:
             _send_leaks(send)
 
-    def _goes_on(self, item: pytest.Item, following: pytest.Item | None) -> bool:
-        """Whether the next item is a case of the same file, and both are fit to share a process."""
+    def _goes_on(self, item: pytest.Item) -> bool:
+        """Whether what follows is a case of the same file, and fit to share the item's process."""
+        following = self._nextitem
         if not following or following.path != item.path or not plain.is_plain(following):
             return False
-        cases = [declaration(item), declaration(following)]
-        return not any(case is None or case.stress or self._lacking(case, mem) for case, _, mem in cases)
+        case, _, mem = declaration(following)
+        return case is not None and not case.stress and not self._lacking(case, mem)
 
     def _ready(self, item: pytest.Item) -> Work:
         """Prepare the child for a plain case and return what runs it."""
