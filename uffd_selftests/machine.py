@@ -135,7 +135,36 @@ def _resize(size: int, persistent: int) -> None:
     (_pool(size) / "nr_hugepages").write_text(str(persistent))
 
 
-class HugepagePool:
+class _Change:
+    """Something on the machine is different for as long as the context lasts; the journal knows what to undo."""
+
+    _entry: _Entry | None = None
+
+    def _take_turn(self) -> None:
+        """Wait until no other process changes the same, if only one may at a time."""
+
+    def _release_turn(self) -> None:
+        """Undo that."""
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[_Journal]:
+        """Have the journal, in order, while the change is made in the block; undo what there is of it if that fails."""
+        try:
+            self._take_turn()
+            with _Journal.open() as journal:
+                _say(journal.repair())
+                yield journal
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        if self._entry:
+            _undo(self._entry)
+        self._release_turn()
+
+
+class HugepagePool(_Change):
     """As many free huge pages as wanted, for as long as the context lasts, if the machine and the privileges allow.
 
     What is missing is added to the pool and taken away again at the end, by relative change, so that several runs and
@@ -151,7 +180,6 @@ class HugepagePool:
         """Pages added to the machine's pool."""
         self.shortage: str | None = None
         """Why there are fewer free pages than wanted, and what to do."""
-        self._entry: _Entry | None = None
 
     def __enter__(self) -> HugepagePool:
         claimed, why = 0, ""
@@ -169,10 +197,6 @@ class HugepagePool:
                 raise
         self.shortage = lack_of_hugepages(self.size, self.wanted, claimed=claimed, why=why)
         return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._entry:
-            _undo(self._entry)
 
     def _grow(self, journal: _Journal, entry: _Entry, claimed: int) -> None:
         counts = hugepages(self.size)
@@ -203,7 +227,7 @@ def _memory_to_spare() -> int:
 # ---- settings ------------------------------------------------------------------------------------------------------
 
 
-class Sysctl:
+class Sysctl(_Change):
     """A setting under /proc/sys or /sys has another value for as long as the context lasts.
 
     The old value is put back if the setting still has ours. Processes that change the same setting take turns.
@@ -213,26 +237,20 @@ class Sysctl:
     def __init__(self, path: str | Path, value: object) -> None:
         self.path = Path(path)
         self.value = str(value)
-        self._entry: _Entry | None = None
         self._turn = -1
 
     def __enter__(self) -> Sysctl:
-        try:
-            with _Journal.open() as journal:
-                self._turn = journal.open_file(str(self.path).strip("/").replace("/", "-") + TURN)
-            fcntl.lockf(self._turn, fcntl.LOCK_EX)
-            with _Journal.open() as journal:
-                _say(journal.repair())
-                self._entry = journal.add(_SettingRecord(str(self.path), _setting(self.path), self.value))
-                self.path.write_text(self.value)
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
+        with self._changing() as journal:
+            self._entry = journal.add(_SettingRecord(str(self.path), _setting(self.path), self.value))
+            self.path.write_text(self.value)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._entry:
-            _undo(self._entry)
+    def _take_turn(self) -> None:
+        with _Journal.open() as journal:
+            self._turn = journal.open_file(str(self.path).strip("/").replace("/", "-") + TURN)
+        fcntl.lockf(self._turn, fcntl.LOCK_EX)
+
+    def _release_turn(self) -> None:
         if self._turn >= 0:
             os.close(self._turn)
             self._turn = -1
@@ -247,7 +265,7 @@ def _setting(path: Path) -> str:
 # ---- swap ----------------------------------------------------------------------------------------------------------
 
 
-class Swap:
+class Swap(_Change):
     """Swap for as long as the context lasts, on a compressed RAM disk of ``size`` bytes.
 
     There is a disk only where the machine has no swap, but an ``own`` one is there in any case, goes before all others,
@@ -259,26 +277,19 @@ class Swap:
     def __init__(self, size: int, *, own: bool = False) -> None:
         self.size = size
         self.own = own
-        self._entry: _Entry | None = None
 
     def __enter__(self) -> Swap:
-        if not self.own and _has_swap():
-            return self
-        try:
-            if self.own:
-                _take_swap()
-            with _Journal.open() as journal:
-                _say(journal.repair())
+        if self.own or not _has_swap():
+            with self._changing() as journal:
                 self._entry = journal.add(_SwapRecord(self.size, _disks(), module=not ZRAM.exists()))
                 self._make(journal, self._entry)
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._entry:
-            _undo(self._entry)
+    def _take_turn(self) -> None:
+        if self.own:
+            _take_swap()
+
+    def _release_turn(self) -> None:
         if self.own:
             release_swap()
 
@@ -384,7 +395,7 @@ def _disk_size(number: int) -> int:
 # ---- a memory cgroup -----------------------------------------------------------------------------------------------
 
 
-class MemoryGroup:
+class MemoryGroup(_Change):
     """A memory cgroup for as long as the context lasts, of version 2 or 1, whichever has the memory on this machine.
 
     At its end all processes in it are killed. Raises OSError when it cannot be had.
@@ -398,29 +409,19 @@ class MemoryGroup:
     def __init__(self) -> None:
         self.version = 0
         self.path = Path()
-        self._entry: _Entry | None = None
 
     def __enter__(self) -> MemoryGroup:
         root, self.version = _memory_hierarchy()
         self.path = root / GROUP.format(os.getpid())
         control = root / "cgroup.subtree_control"
-        try:
-            with _Journal.open() as journal:
-                _say(journal.repair())
-                enable = self.version == 2 and "memory" not in control.read_text().split()
-                ours = enable or journal.controls(str(control))
-                self._entry = journal.add(_GroupRecord(str(self.path), str(control) if ours else ""))
-                if enable:
-                    control.write_text("+memory")
-                self.path.mkdir()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
+        with self._changing() as journal:
+            enable = self.version == 2 and "memory" not in control.read_text().split()
+            ours = enable or journal.controls(str(control))
+            self._entry = journal.add(_GroupRecord(str(self.path), str(control) if ours else ""))
+            if enable:
+                control.write_text("+memory")
+            self.path.mkdir()
         return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._entry:
-            _undo(self._entry)
 
     def command(self, *words: str) -> list[str]:
         """Return a command that runs another one in the group."""
