@@ -277,7 +277,7 @@ int uffd_compare(uint64_t expected, uint64_t observed, size_t len, struct uffd_m
 
 /* ---- the fault-handler thread ----------------------------------------------------------------------------- */
 
-enum { MAX_UFFDS = 64, MAX_POSTPONED = 1024, MAX_GONE = 256, BATCH = 16 };
+enum { MAX_UFFDS = 64, MAX_POSTPONED = 1024, MAX_GONE = 256 };
 
 struct uffd_handler {
 	struct uffd_handler_config config;
@@ -582,20 +582,22 @@ static void handle(struct uffd_handler *h, const struct msg *msg, unsigned int s
 	}
 }
 
-/* Read and handle what there is.  Returns false when reading failed for good. */
-static bool drain(struct uffd_handler *h, unsigned int source)
+/*
+ * Read one message and handle it.  Not as many as there are: another handler of the same userfaultfd takes the next one.
+ * Returns false when reading failed for good.
+ */
+static bool serve(struct uffd_handler *h, unsigned int source)
 {
-	struct msg msgs[BATCH];
-	ssize_t n = read(h->uffds[source], msgs, sizeof(msgs));
+	struct msg msg;
+	ssize_t n = read(h->uffds[source], &msg, sizeof(msg));
 
 	if (n < 0 && (errno == EAGAIN || errno == EINTR))
 		return true;
-	if (n <= 0 || n % sizeof(struct msg)) {
+	if (n != sizeof(msg)) {
 		fail(h, source, (struct uffd_failure){ UFFD_READ_FAILED, n < 0 ? errno : 0, 0, 0, n });
 		return false;
 	}
-	for (size_t i = 0; i < n / sizeof(struct msg); i++)
-		handle(h, &msgs[i], source);
+	handle(h, &msg, source);
 	return true;
 }
 
@@ -617,7 +619,7 @@ static void poll_loop(struct uffd_handler *h)
 		for (unsigned int i = 0; i < n; i++) {
 			if (fds[i].revents & POLLIN) {
 				idle = false;
-				if (!drain(h, i))
+				if (!serve(h, i))
 					return;
 			} else if (fds[i].revents) {
 				fail(h, i, (struct uffd_failure){ UFFD_READ_FAILED, EIO, 0, 0, fds[i].revents });
@@ -632,7 +634,7 @@ static void poll_loop(struct uffd_handler *h)
 
 static void blocking_loop(struct uffd_handler *h)
 {
-	while (!h->stop && drain(h, 0))
+	while (!h->stop && serve(h, 0))
 		for (resolve_postponed(h); h->nr_postponed && !h->stop; resolve_postponed(h))
 			nanosleep(&(struct timespec){ .tv_nsec = 1000000 }, NULL);
 }
