@@ -86,7 +86,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[KernelHealth, socket.
     monkeypatch.setattr(KernelHealth, "taints", lambda _: "")
     health = KernelHealth()
     health.close()
-    health._fd = watcher.detach()
+    health._log._fd = watcher.detach()
     yield health, kernel
     health.close()
     kernel.close()
@@ -119,7 +119,7 @@ def test_taint(monkeypatch: pytest.MonkeyPatch) -> None:
     taints = iter(["O", "OE", "OEW", "OEW"])
     monkeypatch.setattr(KernelHealth, "taints", lambda _: next(taints))
     health = KernelHealth()
-    monkeypatch.setattr(health, "_read", list)
+    monkeypatch.setattr(health._log, "read", list)
     assert health.complaints() == []
     assert health.complaints() == ["the kernel is tainted now: W"]
     assert health.complaints() == []

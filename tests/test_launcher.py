@@ -16,8 +16,8 @@ import pytest
 
 from uffd_selftests.harness import launcher as launcher_module
 from uffd_selftests.harness import proc
-from uffd_selftests.harness.isolation import How
-from uffd_selftests.harness.launcher import Launcher
+from uffd_selftests.harness.isolation import Ending, How
+from uffd_selftests.harness.launcher import Launcher, Order
 from uffd_selftests.memory import MAP_ANONYMOUS, MAP_PRIVATE, map_memory
 
 if TYPE_CHECKING:
@@ -92,10 +92,41 @@ def find(name: str) -> Work:
     return ready if name.startswith("do") or name in CHANGES else work
 
 
+class Jobs:
+    """Jobs whose tasks are names."""
+
+    def set_up(self, settings: object) -> None:
+        """Remember them."""
+        self._settings = settings
+
+    def ready(self, task: object) -> bool:
+        """Say no to some."""
+        return task != "do later"
+
+    def begin(self, task: object) -> None:
+        """Note it."""
+        self._note = f"{task} has begun"
+
+    def find(self, task: object) -> Work:
+        """Return the work of this name."""
+        assert isinstance(task, str)
+        return find(task)
+
+    def begun(self, task: object) -> None:
+        """Do nothing."""
+
+    def end(self, task: object, ending: Ending) -> None:
+        """Tell what was noted, and what set_up was given."""
+        ending.printed = [(self._note, f"{self._settings}")]
+        if task == "do and lose":
+            ending.leftovers.append("something")
+
+
 @pytest.fixture
 def launcher() -> Iterator[Launcher]:
     """Start a launcher."""
-    launcher = Launcher(find)
+    launcher = Launcher(Jobs())
+    launcher.set_up("settings")
     yield launcher
     launcher.close()
 
@@ -103,16 +134,16 @@ def launcher() -> Iterator[Launcher]:
 def test_work_is_found_by_name(launcher: Launcher) -> None:
     """Each piece of work runs in a child of the launcher, and what it sends comes through."""
     for name in ("one", "other"):
-        ending = launcher.run(name, deadline=30)
+        ending = launcher.run(Order(name, 30))
         assert (ending.how, ending.records) == (How.DONE, [[name, launcher.pid]])
-    assert launcher.run("much", deadline=30).records == ["much" * 100_000]
+    assert launcher.run(Order("much", 30)).records == ["much" * 100_000]
 
 
 def test_a_process_may_do_more(launcher: Launcher) -> None:
     """One process does several pieces of work as long as it is told to, succeeds and stays as it was."""
 
     def pid(name: str, *, more: bool) -> object:
-        ending = launcher.run(name, deadline=30, more=more)
+        ending = launcher.run(Order(name, 30, more=more))
         assert (ending.how, ending.records[1]) == (How.DONE, [name, launcher.pid])
         return ending.records[0]
 
@@ -128,12 +159,45 @@ def test_a_process_may_do_more(launcher: Launcher) -> None:
     assert len({first, second, third, fourth}) == 4
 
 
+def test_what_comes_next_begins_at_once(launcher: Launcher) -> None:
+    """While somebody looks at one ending the next work runs, in the same process if that may do more."""
+    for more in (True, False):
+        first = launcher.run(Order("do", 30, more=more), Order("do this", 30))
+        assert (first.followed, first.rests, first.printed) == (True, more, [("do has begun", "settings")])
+        ran = proc.processes() if more else {}
+        second = launcher.run(Order("do this", 30))
+        assert (second.followed, second.printed) == (False, [("do this has begun", "settings")])
+        assert second.records[1] == ["do this", launcher.pid]
+        assert (first.records[0] == second.records[0]) == more
+        assert not more or first.records[0] in ran
+
+
+WAITING = [("do", "do later"), ("do and lose", "do"), ("daemon", "do"), ("fail", "do")]
+
+
+@pytest.mark.parametrize(("name", "then"), WAITING)
+def test_what_comes_next_waits(launcher: Launcher, name: str, then: str) -> None:
+    """When it is not ready, or all is not well with what was there before, it begins when it is asked for."""
+    assert not launcher.run(Order(name, 30, more=True), Order(then, 30)).followed
+    ending = launcher.run(Order(then, 30))
+    assert (ending.how, ending.leftovers, ending.printed) == (How.DONE, [], [(f"{then} has begun", "settings")])
+
+
+def test_what_runs_ahead_can_be_dismissed(launcher: Launcher) -> None:
+    """Work that has begun and is not wanted any more is ended, and done anew if it is asked for."""
+    assert launcher.run(Order("do", 30, more=True), Order("hang", 30)).followed
+    launcher.dismiss()
+    assert launcher.run(Order("do", 30)).how is How.DONE
+    assert launcher.run(Order("do", 30), Order("hang", 0.3)).followed
+    assert launcher.run(Order("hang", 0.3)).how is How.TIMEOUT
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_process_does_no_more(launcher: Launcher, change: str) -> None:
     """What a piece of work changes of its process does not reach the next one."""
-    first = launcher.run(change, deadline=30, more=True)
+    first = launcher.run(Order(change, 30, more=True))
     assert (first.how, first.rests) == (How.DONE, False)
-    second = launcher.run("do", deadline=30, more=True)
+    second = launcher.run(Order("do", 30, more=True))
     assert second.records[0] != first.records[0]
     assert second.rests
 
@@ -141,21 +205,21 @@ def test_a_changed_process_does_no_more(launcher: Launcher, change: str) -> None
 def test_a_resting_process_may_fail(launcher: Launcher) -> None:
     """What ends a process that has done work before is told as ever, and the next one is new."""
     for name, how in (("hang", How.TIMEOUT), ("fail", How.ERROR), ("daemon", How.DONE)):
-        assert launcher.run("do", deadline=30, more=True).rests
-        ending = launcher.run(name, deadline=0.3 if name == "hang" else 30, more=True)
+        assert launcher.run(Order("do", 30, more=True)).rests
+        ending = launcher.run(Order(name, 0.3 if name == "hang" else 30, more=True))
         assert (ending.how, ending.rests, len(ending.leftovers)) == (how, False, name == "daemon")
-        assert launcher.run("do", deadline=30).how is How.DONE
+        assert launcher.run(Order("do", 30)).how is How.DONE
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 def test_a_resting_process_may_die(launcher: Launcher, number: signal.Signals) -> None:
     """A process that dies while it waits is told of, but for the kernel's want of memory; the next one is new."""
-    resting = launcher.run("do", deadline=30, more=True).records[0]
+    resting = launcher.run(Order("do", 30, more=True)).records[0]
     assert isinstance(resting, int)
     os.kill(resting, number)
     while proc.children(launcher.pid)[resting].state != "Z":
         time.sleep(0.001)
-    ending = launcher.run("do", deadline=30)
+    ending = launcher.run(Order("do", 30))
     said = ["the process of the results before was killed by SIGSEGV while it waited"]
     assert (ending.how, ending.leftovers) == (How.DONE, said if number == signal.SIGSEGV else [])
     assert ending.records[0] != resting
@@ -163,8 +227,8 @@ def test_a_resting_process_may_die(launcher: Launcher, number: signal.Signals) -
 
 def test_what_was_noted_is_not_told_of_the_next(launcher: Launcher) -> None:
     """What faulthandler wrote for one piece of work is no evidence against the next."""
-    assert launcher.run("fatal child", deadline=30, more=True).rests
-    ending = launcher.run("hang", deadline=0.3)
+    assert launcher.run(Order("fatal child", 30, more=True)).rests
+    ending = launcher.run(Order("hang", 0.3))
     assert not any("Fatal" in line for line in ending.evidence)
 
 
@@ -172,22 +236,22 @@ def test_a_launcher_that_does_not_answer(launcher: Launcher, monkeypatch: pytest
     """A launcher that stands still is given up."""
     monkeypatch.setattr(launcher_module, "LATE_SECONDS", 0.1)
     monkeypatch.setattr(launcher_module, "CLOSE_SECONDS", 0.1)
-    ending = launcher.run("stop the launcher", deadline=0.3)
+    ending = launcher.run(Order("stop the launcher", 0.3))
     assert (ending.how, ending.reason) == (How.ERROR, "the process that starts the cases does not answer")
     assert not launcher.alive
 
 
 def test_hang_and_leftovers(launcher: Launcher) -> None:
     """A deadline and a process left behind are seen as they are without the launcher."""
-    ending = launcher.run("hang", deadline=0.3)
+    ending = launcher.run(Order("hang", 0.3))
     assert (ending.how, ending.reason) == (How.TIMEOUT, "0.3 seconds")
-    assert len(launcher.run("daemon", deadline=30).leftovers) == 1
-    assert launcher.run("one", deadline=30).how is How.DONE
+    assert len(launcher.run(Order("daemon", 30)).leftovers) == 1
+    assert launcher.run(Order("one", 30)).how is How.DONE
 
 
 def test_the_next_child_may_die(launcher: Launcher) -> None:
     """A child that is killed before it has work, as the kernel does when memory is short, is made good for."""
-    assert launcher.run("one", deadline=30).how is How.DONE
+    assert launcher.run(Order("one", 30)).how is How.DONE
 
     def waiting() -> list[int]:
         return [pid for pid, process in proc.children(launcher.pid).items() if process.state != "Z"]
@@ -198,21 +262,22 @@ def test_the_next_child_may_die(launcher: Launcher) -> None:
         os.kill(pid, signal.SIGKILL)
     while waiting():
         time.sleep(0.001)
-    assert launcher.run("other", deadline=30).how is How.DONE
+    assert launcher.run(Order("other", 30)).how is How.DONE
 
 
 def test_its_death_is_an_error(launcher: Launcher) -> None:
     """A case that kills the launcher, or for which the kernel does, is an error and ends with it."""
-    ending = launcher.run("kill the launcher", deadline=30)
+    ending = launcher.run(Order("kill the launcher", 30))
     assert (ending.how, ending.reason) == (How.ERROR, "the process that starts the cases died")
     assert not launcher.alive
-    assert launcher.run("one", deadline=30).how is How.ERROR
+    assert launcher.run(Order("one", 30)).how is How.ERROR
 
 
 def test_close_ends_what_runs() -> None:
     """Ctrl-C while a case runs leaves no process."""
     before = set(proc.processes())
-    launcher = Launcher(find)
+    launcher = Launcher(Jobs())
+    launcher.set_up(None)
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -221,7 +286,7 @@ def test_close_ends_what_runs() -> None:
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.3)
         with pytest.raises(KeyboardInterrupt):
-            launcher.run("hang", deadline=1000)
+            launcher.run(Order("hang", 1000))
     finally:
         signal.signal(signal.SIGALRM, old)
         launcher.close()

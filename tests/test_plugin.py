@@ -12,7 +12,7 @@ import pytest
 from uffd_selftests import kernel
 from uffd_selftests.case import Case
 from uffd_selftests.harness import gating, health, proc, runner, steward
-from uffd_selftests.harness.health import KernelHealth
+from uffd_selftests.harness.health import KernelLog
 from uffd_selftests.harness.results import Planned
 from uffd_selftests.machine import HugepageCounts
 from uffd_selftests.mem_types import ANON, HUGETLB, SHMEM
@@ -425,16 +425,17 @@ LOGGING = """
 
 @pytest.fixture
 def fake_log(monkeypatch: pytest.MonkeyPatch, pytester: pytest.Pytester) -> Path:
-    """Let the kernel complain when a file appears."""
+    """Let the kernel complain when a file appears: everybody who reads the log sees that once."""
     log = pytester.path / "log"
+    told = set()
 
-    def read(_: KernelHealth) -> list[str]:
-        if not log.exists():
+    def read(reader: KernelLog) -> list[str]:
+        if not log.exists() or reader in told:
             return []
-        log.unlink()
+        told.add(reader)
         return [COMPLAINT, "[    1.000001] Call Trace:"]
 
-    monkeypatch.setattr(KernelHealth, "_read", read)
+    monkeypatch.setattr(KernelLog, "read", read)
     return log
 
 

@@ -10,33 +10,26 @@ import argparse
 import contextlib
 import errno
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
-
 from uffd_selftests import __version__
-from uffd_selftests.harness.reporter import FILES, KMSG
-from uffd_selftests.harness.settings import MAY_HANG_KERNEL, OPTIONS, STRESS_LOG, check_keyword, duration
-from uffd_selftests.program import EXIT_FAILED, EXIT_NOTHING, EXIT_OK, EXIT_USAGE, PROGRAM, Parser
+from uffd_selftests.harness.health import KMSG
+from uffd_selftests.harness.launcher import Launcher
+from uffd_selftests.harness.plain import Cases
+from uffd_selftests.harness.settings import FILES, MAY_HANG_KERNEL, OPTIONS, STRESS_LOG, check_keyword, duration
+from uffd_selftests.program import EXIT_USAGE, PROGRAM, Parser
 from uffd_selftests.vm.options import add_options, machine_options
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-PACKAGE = Path(__file__).resolve().parent
-CASES = PACKAGE / "cases"
+    from collections.abc import Sequence
 
 FORMATS = ("junit", "kcidb", "summary")
 """The commands that make other formats of results (docs/ci.md)."""
 
 MAX_WORKERS_PER_CPU = 16
 """More of them would only keep the machine from everything else."""
-
-OUTPUT_TAIL = 20
-"""How many lines of pytest's own output are shown when pytest gives up."""
 
 
 def parser() -> Parser:
@@ -109,6 +102,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         split = arguments.index("--")
         arguments, passed = arguments[:split], arguments[split + 1 :]
     args = parser().parse_args(arguments)
+    launcher = _launcher() if _is_plain(args, passed) else None
+    try:
+        return _main(args, passed, launcher)
+    finally:
+        if launcher:
+            launcher.close()
+
+
+def _is_plain(args: argparse.Namespace, passed: list[str]) -> bool:
+    """Whether this process is to run cases, one after the other, and only to tell of them what every report tells."""
+    elsewhere = args.list or args.probe or args.kernel or args.soak or args.workers != "0"
+    return not (elsewhere or args.no_isolation or passed)
+
+
+def _launcher() -> Launcher | None:
+    """Start the process that starts the cases while this one is small: pytest is not loaded yet."""
+    with contextlib.suppress(OSError):  # the first case will tell
+        return Launcher(Cases(), guarded=[1])  # on which the results are written
+    return None
+
+
+def _main(args: argparse.Namespace, passed: list[str], launcher: Launcher | None) -> int:
     try:
         _check_stdout()
         for each in OPTIONS:
@@ -135,7 +150,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from uffd_selftests import soak  # noqa: PLC0415  # most runs do without
 
         return soak.main(args, passed)
-    return _probe(args) if args.probe else _run(args, passed)
+    if args.probe:
+        return _probe(args)
+    from uffd_selftests.harness import invocation  # noqa: PLC0415  # which loads pytest
+
+    return invocation.run(args, passed, launcher)
 
 
 def _check_stdout() -> None:
@@ -175,145 +194,3 @@ def _make_ready(folder: Path) -> None:
         raise ValueError(f"cannot write into {folder}: it is a file: name a folder") from None
     except OSError as error:
         raise ValueError(f"cannot write into {folder}: {errno.errorcode.get(error.errno or 0, error)}") from None
-
-
-def _run(args: argparse.Namespace, passed: list[str]) -> int:
-    """Run pytest in this process and translate its end."""
-    # Somebody else's pytest configuration must not change what is tested.
-    for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS"):
-        os.environ.pop(name, None)
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    # Whoever talks to pytest reads its output on stderr; else it is kept, in case that pytest gives up.
-    quiet = not passed and not args.no_isolation
-    output = os.memfd_create("pytest-output") if quiet else os.dup(2)
-    sys.stdout.flush()
-    ktap_fd = os.dup(1)  # not inherited by other programs
-    os.dup2(output, 1)
-    witness = _Witness()
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see __main__.py
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    status: int = pytest.ExitCode.INTERRUPTED
-    with contextlib.suppress(KeyboardInterrupt):  # before pytest heeds it, or when pytest has finished
-        status = pytest.main([*_pytest_arguments(args, passed, ktap_fd), *passed], plugins=[witness])
-    sys.stdout.flush()
-    os.dup2(ktap_fd, 1)
-    code, message = _judge(int(status), witness, args)
-    if message:
-        sys.stderr.write(f"{PROGRAM}: {message}\n")
-    if quiet and code == EXIT_FAILED and witness.broken:
-        sys.stderr.write(_tail(output))
-    return code
-
-
-def _pytest_arguments(args: argparse.Namespace, passed: list[str], ktap_fd: int) -> Iterator[str]:
-    """Say it in pytest's words."""
-    paths = [path for argument in passed if (path := _path(argument))]
-    root = next((path.parent for path in paths if PACKAGE.parent not in path.parents), PACKAGE.parent)
-    yield from ("-c", os.devnull, f"--rootdir={root}", f"--confcutdir={CASES}")
-    yield from ("-o", "verbosity_assertions=2")  # whole explanations: nobody can ask again with -v
-    yield from ("-p", "uffd_selftests.harness.plugin", f"--ktap-fd={ktap_fd}")
-    for each in OPTIONS:
-        if (value := getattr(args, each.name)) is not None:
-            yield f"{each.flag}={value}"
-    yield from (f"--filter={part}" for part in args.filter)
-    if args.keyword is not None:
-        yield from ("-k", args.keyword)
-    if args.documented_only:
-        yield "--documented-only"
-    if args.strict:
-        yield "--strict-defects"
-    if args.may_hang_kernel:
-        yield MAY_HANG_KERNEL.flag
-    if args.no_sharing:
-        yield "--no-sharing"
-    if args.no_isolation:
-        yield "--no-isolation"
-    if args.kmsg:
-        yield "--kmsg"
-    if args.list:
-        yield "--collect-only"
-        if args.with_ids:
-            yield "--list-ids"
-    elif args.workers != "0":
-        yield from ("-p", "xdist.plugin", "-n", args.workers, "--dist", "worksteal")
-    if args.output and not args.list:
-        folder = args.output.resolve()
-        yield f"--report-dir={folder}"
-        if args.data_only:
-            yield "--report-data-only"
-    if not passed:
-        yield from ("--progress", "--tb=no")
-        # Each of them costs every case.
-        for name in ("cacheprovider", "logging", "threadexception", "unraisableexception", "warnings"):
-            yield from ("-p", f"no:{name}")
-    if not paths:
-        yield from args.case_file or [str(CASES)]
-
-
-def _path(argument: str) -> Path | None:
-    """Return the path of an argument for pytest that names tests to run, perhaps with ``::test`` behind it."""
-    path = Path(argument.partition("::")[0])
-    return path.resolve() if not argument.startswith("-") and path.exists() else None
-
-
-class _Witness:
-    """A pytest plugin that remembers what main needs to know afterwards."""
-
-    def __init__(self) -> None:
-        self.config: pytest.Config | None = None
-        self.broken = ""
-        """Why pytest itself could not go on."""
-
-    @pytest.hookimpl
-    def pytest_configure(self, config: pytest.Config) -> None:
-        """Keep the configuration, and with it what the harness left there."""
-        self.config = config
-
-    @pytest.hookimpl
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """Remember that cases cannot be collected."""
-        if report.failed:
-            self.broken = self.broken or f"cannot collect {report.nodeid}"
-
-    @pytest.hookimpl
-    def pytest_internalerror(self, excrepr: object) -> None:
-        """Remember a defect of pytest or of the harness."""
-        self.broken = self.broken or f"internal error: {str(excrepr).strip().splitlines()[-1]}"
-
-
-def _judge(status: int, witness: _Witness, args: argparse.Namespace) -> tuple[int, str]:
-    """Return the exit code for pytest's, and a message if the code alone does not say enough."""
-    from uffd_selftests.harness.plugin import REPORTER, SIGNALS  # noqa: PLC0415  # loaded by pytest, who rewrites it
-
-    stash = witness.config.stash if witness.config else pytest.Stash()
-    if SIGNALS in stash and (number := stash[SIGNALS].number):
-        return 128 + number, ""
-    if not witness.config and status == pytest.ExitCode.INTERRUPTED:
-        return 128 + signal.SIGINT, ""
-    if status == pytest.ExitCode.USAGE_ERROR:
-        return EXIT_USAGE, ""  # pytest has said on stderr what is wrong
-    if witness.broken:
-        return EXIT_FAILED, witness.broken
-    if status == pytest.ExitCode.NO_TESTS_COLLECTED:
-        return EXIT_USAGE, "nothing matches the given " + " and ".join(_selection(args))
-    if status != pytest.ExitCode.OK:
-        return EXIT_FAILED, ""
-    if REPORTER in stash and set(stash[REPORTER].totals) <= {"skip"}:
-        return EXIT_NOTHING, "nothing could be tested: all results were skipped"
-    return EXIT_OK, ""
-
-
-def _selection(args: argparse.Namespace) -> list[str]:
-    """Return the options that chose what to run."""
-    chosen = [f"-f {part}" for part in args.filter]
-    if args.keyword is not None:
-        chosen.append(f"-k {args.keyword}")
-    if args.documented_only:
-        chosen.append("--documented-only")
-    return chosen or ["arguments behind --"]
-
-
-def _tail(output: int) -> str:
-    """Return the last lines that pytest wrote."""
-    lines = os.pread(output, os.fstat(output).st_size, 0).decode(errors="replace").splitlines(keepends=True)
-    return "".join(lines[-OUTPUT_TAIL:])

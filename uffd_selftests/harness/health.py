@@ -82,16 +82,12 @@ class HugepageUse:
         return [f"{count} {what}" for what, count in lines.items() if count > 0]
 
 
-class KernelHealth:
-    """Watches the log and the taint flags from its making on."""
+class KernelLog:
+    """The records of the kernel's log from its making on."""
 
     def __init__(self) -> None:
         self.unreadable = ""
         """Why the log cannot be read; empty when it can."""
-        self.records: list[str] = []
-        """What the kernel logged since then, as ``[seconds] text``."""
-        self._patterns = Patterns.load()
-        self._taints = self.taints()
         self._fd = -1
         try:
             self._fd = os.open(KMSG, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -99,31 +95,8 @@ class KernelHealth:
         except OSError as error:
             self.unreadable = f"{KMSG}: {errno.errorcode.get(error.errno or 0, error)}"
 
-    @staticmethod
-    def taints() -> str:
-        """Return the letters of the taint flags that are set; empty when none is or they cannot be read."""
-        try:
-            with open(TAINTED, "rb", buffering=0) as file:
-                mask = int(file.read())
-        except OSError:
-            return ""
-        return "".join(letter for bit, letter in enumerate(TAINTS) if mask >> bit & 1)
-
-    def complaints(self) -> list[str]:
-        """Return lines about everything that went wrong in the kernel since the last call."""
-        fresh = self._read()
-        self.records += fresh
-        first = next((i for i, record in enumerate(fresh) if self._patterns.complains(record.partition("] ")[2])), None)
-        # What follows the first complaint is its register dump and call trace.
-        lines = [] if first is None else [f"kernel log: {record}" for record in fresh[first:][:MAX_COMPLAINT_LINES]]
-        taints = self.taints()
-        if new := [letter for letter in taints if letter not in self._taints and letter in DEFECT_TAINTS]:
-            lines.append(f"the kernel is tainted now: {''.join(new)}")
-        self._taints = taints
-        return lines
-
-    def _read(self) -> list[str]:
-        """Return the records that came since the last call."""
+    def read(self) -> list[str]:
+        """Return the records that came since the last call, as ``[seconds] text``."""
         records: list[str] = []
         while self._fd >= 0:
             try:
@@ -138,10 +111,53 @@ class KernelHealth:
         return records
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop reading."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+class KernelHealth:
+    """Watches the log and the taint flags from its making on."""
+
+    def __init__(self) -> None:
+        self.records: list[str] = []
+        """What the kernel logged since then, as ``[seconds] text``."""
+        self._patterns = Patterns.load()
+        self._taints = self.taints()
+        self._log = KernelLog()
+
+    @property
+    def unreadable(self) -> str:
+        """Why the log cannot be read; empty when it can."""
+        return self._log.unreadable
+
+    @staticmethod
+    def taints() -> str:
+        """Return the letters of the taint flags that are set; empty when none is or they cannot be read."""
+        try:
+            with open(TAINTED, "rb", buffering=0) as file:
+                mask = int(file.read())
+        except OSError:
+            return ""
+        return "".join(letter for bit, letter in enumerate(TAINTS) if mask >> bit & 1)
+
+    def complaints(self) -> list[str]:
+        """Return lines about everything that went wrong in the kernel since the last call."""
+        fresh = self._log.read()
+        self.records += fresh
+        first = next((i for i, record in enumerate(fresh) if self._patterns.complains(record.partition("] ")[2])), None)
+        # What follows the first complaint is its register dump and call trace.
+        lines = [] if first is None else [f"kernel log: {record}" for record in fresh[first:][:MAX_COMPLAINT_LINES]]
+        taints = self.taints()
+        if new := [letter for letter in taints if letter not in self._taints and letter in DEFECT_TAINTS]:
+            lines.append(f"the kernel is tainted now: {''.join(new)}")
+        self._taints = taints
+        return lines
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._log.close()
 
 
 def _plain(record: bytes) -> str:

@@ -87,6 +87,10 @@ class Ending:
     seconds: float
     rests: bool = False
     """Whether the child waits for more work: then what it would take along to its end may still show."""
+    printed: list[tuple[str, str]] = field(default_factory=list)
+    """Titles and texts of what was written to stdout and stderr, if somebody caught that."""
+    followed: bool = False
+    """Whether what comes next has begun already."""
 
 
 class _Tag(Enum):
@@ -138,14 +142,14 @@ class Isolator:
         self._spared.update(stray.pid for stray in self._strays())  # what came before is not left by this work
         return self.see_through(self._fork(lambda: (work, deadline, False)), deadline)
 
-    def prepare(self, find: Callable[[str], Work]) -> Child:
-        """Fork a child for work that will be known later, by a name; find is called in the child."""
+    def prepare(self, find: Callable[[object], Work]) -> Child:
+        """Fork a child for work that will be known later; find is called in the child with what begin is told."""
         theirs, ours = Pipe(duplex=False)
 
         def take() -> Order:
             ours.close()
-            name, deadline, may_rest = theirs.recv()
-            return find(name), deadline, may_rest
+            task, deadline, may_rest = theirs.recv()
+            return find(task), deadline, may_rest
 
         child = self._fork(take)
         theirs.close()
@@ -154,7 +158,7 @@ class Isolator:
 
     def see_through(self, child: Child, deadline: float) -> Ending:
         """Wait until a child ends or rests, or end it at its deadline; return how that went."""
-        started = time.monotonic()
+        started = child.begun
         leftovers: list[str] = []
         immortal: list[str] = []
         hang = None
@@ -267,6 +271,8 @@ class Child:
     """Whether it is done and waits for more."""
     orders: Connection | None = None
     """Where to tell it what to do, if it was prepared."""
+    begun: float = field(default_factory=time.monotonic)
+    """When it was told."""
     traceback: list[str] = field(default_factory=list)
     """What faulthandler wrote: the Python stacks at a crash or shortly before the deadline; known when closed."""
 
@@ -274,12 +280,13 @@ class Child:
         self.pidfd = os.pidfd_open(self.pid)
         os.set_blocking(self.reports, False)
 
-    def begin(self, name: str, deadline: float, *, may_rest: bool = False) -> None:
-        """Have it, prepared or resting, do the work of this name; raises BrokenPipeError when it has died."""
+    def begin(self, task: object, deadline: float, *, may_rest: bool = False) -> None:
+        """Have it, prepared or resting, do the work of a task; raises BrokenPipeError when it has died."""
         assert self.orders
         self.received.clear()
         self.rests = False
-        self.orders.send((name, deadline, may_rest))
+        self.begun = time.monotonic()
+        self.orders.send((task, deadline, may_rest))
 
     def wait(self, until: float) -> bool:
         """Take its records until it ends or rests (True) or time.monotonic() says until (False)."""

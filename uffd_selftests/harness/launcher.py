@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """An Isolator in a process of its own, which has nothing to do but to fork.
 
-A fork makes the pages of both sides copy-on-write.  pytest writes to so many between two cases, if only by counting
-references, that forking pytest itself costs several times what most cases do.
+A fork copies the page tables of the whole process and makes its pages copy-on-write on both sides.  pytest has four
+times the memory that a case needs, and writes to much of it between two cases, if only by counting references: forking
+pytest itself costs several times what most cases do.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import select
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from multiprocessing import Pipe
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from uffd_selftests.harness import proc
 from uffd_selftests.harness.isolation import Ending, How, Isolator, end_with, fork, kill
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
     from multiprocessing.connection import Connection
 
     from uffd_selftests.harness.isolation import Child, Work
@@ -33,11 +35,44 @@ CLOSE_SECONDS = 15.0
 """How long it may take to clear away what is running: longer than the Isolator tries."""
 
 
-class Launcher:
-    """Runs pieces of work that are known by a name, one after the other, as Isolator.run does."""
+class Jobs(Protocol):
+    """What a launcher does not know about the tasks that it is given, which are plain data."""
 
-    def __init__(self, find: Callable[[str], Work], guarded: Iterable[int] = ()) -> None:
-        """Start the process; find(name) is called in it and returns the work; nobody may write to guarded."""
+    def set_up(self, settings: object) -> None:
+        """Get ready in the launcher's process, with what set_up was given."""
+
+    def ready(self, task: object) -> bool:
+        """Whether a task may begin although the end of the one before it is not known to anybody yet."""
+
+    def begin(self, task: object) -> None:
+        """Do what is to be done before a task begins."""
+
+    def find(self, task: object) -> Work:
+        """Return the work of a task; called in the process that is to do it."""
+
+    def begun(self, task: object) -> None:
+        """Do what there is time for while a task runs."""
+
+    def end(self, task: object, ending: Ending) -> None:
+        """Complete what is told of the end of a task."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a launcher is to run."""
+
+    task: object
+    deadline: float
+    """In seconds from its begin."""
+    more: bool = False
+    """Its process does the next order as well, if this one went well and has left it as it was."""
+
+
+class Launcher:
+    """Runs tasks one after the other, as Isolator.run does."""
+
+    def __init__(self, jobs: Jobs, guarded: Iterable[int] = ()) -> None:
+        """Start the process; nobody in it or below it may write to guarded."""
         self._channel, theirs = Pipe()
         parent = os.getpid()
         sys.stdout.flush()
@@ -47,7 +82,7 @@ class Launcher:
             status = 1
             try:
                 self._channel.close()
-                _serve(theirs, find, [*guarded, theirs.fileno()], parent)
+                _Server(theirs, jobs, [*guarded, theirs.fileno()], parent).serve()
                 status = 0
             finally:
                 os._exit(status)
@@ -57,79 +92,123 @@ class Launcher:
         self.alive = True
         """False when it died on its own: it is of no use then."""
 
-    def run(self, name: str, *, deadline: float, more: bool = False) -> Ending:
-        """Run the work of this name and return how that ended; deadline is in seconds from now.
+    def set_up(self, settings: object) -> None:
+        """Tell it once, before it runs anything, what Jobs.set_up is to know."""
+        with contextlib.suppress(OSError):
+            self._channel.send(settings)
 
-        With more, its process does the next work as well, if this one went well and has left it as it was.
+    def run(self, order: Order, then: Order | None = None) -> Ending:
+        """Run an order and return how that ended.
+
+        Then is what comes next, if anything is to: it begins at once when the first has come to a good end (followed),
+        and it is what this has to be called with next.
         """
         started = time.monotonic()
         with contextlib.suppress(OSError, EOFError):
-            self._channel.send((name, deadline, more))
-            if self._answers.poll((deadline + LATE_SECONDS) * 1000):
+            self._channel.send((order, then))
+            if self._answers.poll((order.deadline + LATE_SECONDS) * 1000):
                 ending: Ending = self._channel.recv()
                 return ending
         self.alive = False
         seconds = time.monotonic() - started
-        what = "died" if seconds < deadline + LATE_SECONDS else "does not answer"
+        what = "died" if seconds < order.deadline + LATE_SECONDS else "does not answer"
         return Ending(How.ERROR, f"the process that starts the cases {what}", [], [], [], seconds)
 
     def dismiss(self) -> None:
-        """End the process that would do the next work, so that this gets a new one."""
+        """End the process that would do the next work, or does it already, so that this gets a new one."""
         with contextlib.suppress(OSError):
             self._channel.send(None)
 
     def close(self) -> None:
-        """End the process, and through it what it runs."""
+        """End the process, and through it what it runs; once."""
+        if self._channel.closed:
+            return
         self._channel.close()
         if not kill(self.pid, time.monotonic() + CLOSE_SECONDS, signal.SIGTERM):
             kill(self.pid, time.monotonic() + CLOSE_SECONDS)
 
 
-def _serve(channel: Connection, find: Callable[[str], Work], guarded: Iterable[int], parent: int) -> None:
-    """Run what is asked for until nobody asks any more or SIGTERM comes."""
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGTERM, _leave)
-    end_with(parent, signal.SIGTERM)  # not SIGKILL: what a case has started would be left behind
-    isolator = Isolator()
-    for fd in guarded:
-        isolator.guard(fd)
-    # Forking takes longer than most cases do.  The next child is made while one works, if there is a CPU for that and
-    # the kernel says at once that it is the only child left behind.
-    early = len(os.sched_getaffinity(0)) > 1 and proc.lists_children()
-    resting: Child | None = None
-    """The child that did the last work, if it can do more."""
-    try:
-        fresh = isolator.prepare(find)
-        while True:
-            order = channel.recv()
-            if order is None:
-                if resting:
-                    isolator.end(resting)
-                resting = None
-                continue
-            name, deadline, more = order
-            child, forks = resting or fresh, not resting
-            died = ""
-            try:
-                child.begin(name, deadline, may_rest=more)
-            except BrokenPipeError:
-                died = isolator.see_through(child, 0).reason
-                child = isolator.prepare(find)
-                child.begin(name, deadline, may_rest=more)
-            if forks and early:
-                fresh = isolator.prepare(find)
-            ending = isolator.see_through(child, deadline)
-            resting = child if ending.rests else None
-            if died and died != OOM_KILL:
-                ending.leftovers.append(f"the process of the results before was {died} while it waited")
-            channel.send(ending)
-            if forks and not early:
-                fresh = isolator.prepare(find)
-    except EOFError:
-        pass
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        isolator.close()
+class _Server:
+    """What the launcher's process does."""
+
+    def __init__(self, channel: Connection, jobs: Jobs, guarded: Iterable[int], parent: int) -> None:
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGTERM, _leave)
+        end_with(parent, signal.SIGTERM)  # not SIGKILL: what a case has started would be left behind
+        self._channel = channel
+        self._jobs = jobs
+        self._guarded = guarded
+        # Forking takes longer than most cases do.  The next child is made while one works, if there is a CPU for that
+        # and the kernel says at once that it is the only child left behind.
+        self._early = len(os.sched_getaffinity(0)) > 1 and proc.lists_children()
+        self._fresh: Child | None = None
+        self._resting: Child | None = None
+        """The child that did the last work, if it can do more."""
+        self._working: Child | None = None
+        self._died = ""
+        """How the last resting child died, if it did."""
+
+    def serve(self) -> None:
+        """Run what is asked for until nobody asks any more or SIGTERM comes."""
+        try:
+            self._jobs.set_up(self._channel.recv())
+        except EOFError:
+            return
+        self._isolator = Isolator()
+        for fd in self._guarded:
+            self._isolator.guard(fd)
+        try:
+            while True:
+                if not self._fresh:
+                    self._fresh = self._isolator.prepare(self._jobs.find)
+                if orders := self._channel.recv():
+                    self._channel.send(self._run(*orders))
+                else:
+                    self._dismiss()
+        except EOFError:
+            pass
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            self._isolator.close()
+
+    def _run(self, order: Order, then: Order | None) -> Ending:
+        child = self._working or self._begin(order)
+        self._working = None
+        ending = self._isolator.see_through(child, order.deadline)
+        self._jobs.end(order.task, ending)
+        if self._died and self._died != OOM_KILL:
+            ending.leftovers.append(f"the process of the results before was {self._died} while it waited")
+        self._resting = child if ending.rests else None
+        if then and ending.how is How.DONE and not ending.leftovers and self._jobs.ready(then.task):
+            self._working = self._begin(then)
+            ending.followed = True
+        return ending
+
+    def _begin(self, order: Order) -> Child:
+        self._jobs.begin(order.task)
+        self._died = ""
+        child = self._resting or self._take_fresh()
+        try:
+            child.begin(order.task, order.deadline, may_rest=order.more)
+        except BrokenPipeError:
+            self._died = self._isolator.see_through(child, 0).reason
+            child = self._take_fresh()
+            child.begin(order.task, order.deadline, may_rest=order.more)
+        self._resting = None
+        self._jobs.begun(order.task)
+        if self._early and not self._fresh:
+            self._fresh = self._isolator.prepare(self._jobs.find)
+        return child
+
+    def _take_fresh(self) -> Child:
+        child, self._fresh = self._fresh or self._isolator.prepare(self._jobs.find), None
+        return child
+
+    def _dismiss(self) -> None:
+        for child in (self._working, self._resting):
+            if child:
+                self._isolator.end(child)
+        self._working = self._resting = None
 
 
 def _leave(number: int, _frame: object) -> None:

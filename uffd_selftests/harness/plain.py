@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Plain cases, called without pytest's way there.
+"""Plain cases, called without pytest's way there, in a process that need not have heard of pytest.
 
 pytest's protocol costs several times what most cases do: it touches so many objects that parent and child part with a
 thousand pages each.  A case that takes nothing but what this plugin gives it needs none of that.
@@ -8,36 +8,93 @@ thousand pages each.  A case that takes nothing but what this plugin gives it ne
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
+import io
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pytest
-
+from uffd_selftests.case import ATTRIBUTE
+from uffd_selftests.harness import proc
 from uffd_selftests.harness.gating import area_pages
-from uffd_selftests.harness.results import declaration
+from uffd_selftests.harness.health import HugepageUse, KernelLog
+from uffd_selftests.machine import lack_of_hugepages
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
+    from uffd_selftests.case import Case
     from uffd_selftests.common import Context
+    from uffd_selftests.harness.isolation import Ending, Send, Work
+    from uffd_selftests.mem_types import MemType
 
 GIVEN = {"ctx", "mem", "variant"}
+"""What a plain case can take."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One result of a plain case, as another process can have it."""
+
+    nodeid: str
+    module: str
+    function: str
+    arguments: tuple[str, ...]
+    """What the function takes."""
+    variant: str | None
+    mem: str | None
+    area_bytes: int
+    """Size of each of the two areas of a case that names no number of pages."""
+    cpus: frozenset[int]
+    hugepages: int
+    """How many it takes, if nobody else takes some meanwhile."""
+    expected: bool
+    """The defect that the case declares is expected to show."""
+    captured: bool
+    """What it prints is kept."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What holds for all tasks."""
+
+    environ: dict[str, str]
+    path: list[str]
+    """Where Python looks for modules."""
+    hugepage_size: int
+
+
+# ---- what a child sends --------------------------------------------------------------------------------------------
 
 
 class Passed(NamedTuple):
-    """What a child sends when its case went well."""
+    """The case went well."""
 
     seconds: float
 
 
+class Skipped(NamedTuple):
+    """The case cannot run here."""
+
+    seconds: float
+    reason: str
+
+
 class Expected(NamedTuple):
-    """What a child sends when its case failed as the declaration says: no traceback, for making one takes long."""
+    """The case failed as the declaration says."""
 
     seconds: float
     text: str
 
 
 class Failed(NamedTuple):
-    """What a child sends when its case failed, before pytest describes that, which takes longer than most cases do."""
+    """The case failed; said before pytest describes that, if it does, which takes longer than most cases do."""
 
     seconds: float
     message: str
@@ -45,24 +102,23 @@ class Failed(NamedTuple):
     """Path and line of each call, outermost first."""
 
 
-def is_plain(item: pytest.Item) -> bool:
-    """Whether a test is a case without fixtures, hooks around it or markers that are not this plugin's."""
-    case, _, _ = declaration(item)
-    if not case or not isinstance(item, pytest.Function) or item.cls:
-        return False
-    markers = {marker.name for marker in item.iter_markers()}
-    taken, needed = item._fixtureinfo.argnames, {*GIVEN, "request"}  # which the fixture ctx takes
-    allowed = {"xfail"} if case.defect else set()
-    return GIVEN.issuperset(taken) and needed.issuperset(item.fixturenames) and markers <= allowed
+class Leak(NamedTuple):
+    """Something is left at the child's own end."""
+
+    line: str
 
 
-def make_context(item: pytest.Item, area_bytes: int) -> Context:
+Describe = Callable[[str, BaseException], dict[str, Any]]
+"""Makes pytest's report, as plain data, of the test of this nodeid and of what it raised."""
+
+
+# ---- in the child --------------------------------------------------------------------------------------------------
+
+
+def make_context(case: Case, mem: MemType, area_bytes: int) -> Context:
     """Return the context that a case declares, not entered yet."""
     from uffd_selftests.common import Context  # noqa: PLC0415  # loaded by the case already
 
-    case, _, mem = declaration(item)
-    assert case
-    assert mem
     return Context(
         mem,
         features=case.features,
@@ -72,47 +128,150 @@ def make_context(item: pytest.Item, area_bytes: int) -> Context:
     )
 
 
-def perform(item: pytest.Function, area_bytes: int) -> Iterator[Passed | Expected | Failed | dict[str, Any]]:
-    """Call a plain case and yield what became of it; of a skip, and of a failure that is shown, also pytest's report.
-
-    That one is plain data.
-    """
-    _, variant, mem = declaration(item)
-    arguments: dict[str, object] = {"variant": variant, "mem": mem}
-    function: Callable[..., None] = item.function
-
-    def body() -> None:
+def perform(task: Task, describe: Describe | None = None) -> Iterator[object]:
+    """Call a plain case and yield what became of it; of a failure also pytest's report, if somebody makes one."""
+    function: Callable[..., None] = getattr(importlib.import_module(task.module), task.function)
+    case: Case = getattr(function, ATTRIBUTE)
+    mem = next((mem for mem in case.mem if mem.name == task.mem), None)
+    arguments: dict[str, object] = {"variant": task.variant, "mem": mem}
+    raised: BaseException | None = None
+    started = time.perf_counter()
+    try:
         with contextlib.ExitStack() as stack:
-            if "ctx" in item.fixturenames:
-                arguments["ctx"] = stack.enter_context(make_context(item, area_bytes))
-            function(**{name: arguments[name] for name in item._fixtureinfo.argnames})
+            if mem and "ctx" in task.arguments:
+                arguments["ctx"] = stack.enter_context(make_context(case, mem, task.area_bytes))
+            function(**{name: arguments[name] for name in task.arguments})
+    except BaseException as error:
+        raised = error
+    seconds = time.perf_counter() - started
+    if not raised:
+        yield Passed(seconds)
+    elif _is_skip(raised):
+        yield Skipped(seconds, str(raised))
+    elif task.expected and case.defect and _shows(raised, case.defect.shows):
+        yield Expected(seconds, _text(raised))
+    else:
+        places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(raised.__traceback__)]
+        yield Failed(seconds, _text(raised), places)
+        if describe:
+            yield describe(task.nodeid, raised)
 
-    call = pytest.CallInfo.from_call(body, "call")
-    if not call.excinfo:
-        yield Passed(call.duration)
-        return
-    if expected(item, call.excinfo.value):
-        yield Expected(call.duration, call.excinfo.exconly())
-        return
-    if not is_skip(call.excinfo.value):
-        places = [(str(entry.path), entry.lineno + 1) for entry in call.excinfo.traceback]
-        yield Failed(call.duration, call.excinfo.exconly(tryshort=True), places)
-        if item.config.option.tbstyle == "no":
-            return
-    report = item.ihook.pytest_runtest_makereport(item=item, call=call)
-    yield item.config.hook.pytest_report_to_serializable(config=item.config, report=report)
 
-
-def is_skip(error: BaseException) -> bool:
+def _is_skip(error: BaseException) -> bool:
     """Whether an exception says that the case cannot run here."""
     from uffd_selftests.common import Skip  # noqa: PLC0415  # loaded by the case already
 
-    return isinstance(error, (Skip, pytest.skip.Exception))
+    outcomes = sys.modules.get("_pytest.outcomes")
+    return isinstance(error, Skip) or (outcomes is not None and isinstance(error, outcomes.Skipped))
 
 
-def expected(item: pytest.Item, error: BaseException | None = None) -> str:
-    """Return why a case is expected to fail, with this error if one is given; empty when it is not."""
-    marker = item.get_closest_marker("xfail")  # the plugin's, for a plain case has no others
-    if not marker or (error and not marker.kwargs["raises"].matches(error)):
-        return ""
-    return str(marker.kwargs["reason"])
+def _shows(error: BaseException, pattern: str) -> bool:
+    text = "\n".join([str(error), *getattr(error, "__notes__", ())])
+    return isinstance(error, AssertionError) and re.search(pattern, text) is not None
+
+
+def _text(error: BaseException) -> str:
+    return "".join(traceback.format_exception_only(error)).rstrip()
+
+
+def send_leaks(send: Send) -> bool:
+    """Send what a test left open, if anything; not after a failure, whose traceback keeps its frames."""
+    leaks = [Leak(f"userfaultfd {fd} is open") for fd in proc.userfaultfds()]
+    for leak in leaks:
+        send(leak)
+    return bool(leaks)
+
+
+def keep_to(cpus: frozenset[int]) -> None:
+    """Have this process run on these CPUs only; when it does already, that costs nothing."""
+    if os.sched_getaffinity(0) != cpus:
+        os.sched_setaffinity(0, cpus)
+
+
+# ---- in the launcher -----------------------------------------------------------------------------------------------
+
+
+class Cases:
+    """Plain cases as a launcher's jobs."""
+
+    def __init__(self, describe: Describe | None = None) -> None:
+        self._describe = describe
+
+    def set_up(self, settings: object) -> None:
+        """Take over from pytest's process what cases can see of it, and load what they all need."""
+        assert isinstance(settings, Setting)
+        os.environ.clear()
+        os.environ.update(settings.environ)
+        sys.path[:] = settings.path
+        importlib.import_module("uffd_selftests.common")
+        self._hugepage_size = settings.hugepage_size
+        self._pages = HugepageUse(0)
+        self._log = KernelLog()
+        self._captures = (_Capture(1, "stdout"), _Capture(2, "stderr"))
+
+    def ready(self, task: object) -> bool:
+        """Whether a case can begin: the kernel has said nothing since this was asked last, there are huge pages."""
+        assert isinstance(task, Task)
+        quiet = not self._log.read() and not self._log.unreadable
+        return quiet and not lack_of_hugepages(self._hugepage_size, task.hugepages)
+
+    def begin(self, task: object) -> None:
+        """Look how many huge pages are taken."""
+        assert isinstance(task, Task)
+        self._pages = HugepageUse(self._hugepage_size if task.hugepages else 0)
+
+    def find(self, task: object) -> Work:
+        """Make the process ready for a case and return what runs it."""
+        assert isinstance(task, Task)
+        keep_to(task.cpus)
+        if task.captured:
+            for capture in self._captures:
+                capture.install()
+        return lambda send: self._call(task, send)
+
+    def _call(self, task: Task, send: Send) -> bool:
+        """Run a case and send what became of it; return whether all is well."""
+        passed = False
+        for outcome in perform(task, self._describe):
+            send(outcome)
+            if isinstance(outcome, Passed):
+                passed = not send_leaks(send)
+        return passed
+
+    def begun(self, task: object) -> None:
+        """Load the module of a case, for what is forked next; what is wrong with it, the case will tell."""
+        assert isinstance(task, Task)
+        if task.module not in sys.modules:
+            with contextlib.suppress(Exception):
+                importlib.import_module(task.module)
+                gc.freeze()
+
+    def end(self, task: object, ending: Ending) -> None:
+        """Add lost huge pages and what was printed."""
+        assert isinstance(task, Task)
+        ending.leftovers += self._pages.lost()
+        ending.printed = [section for capture in self._captures for section in capture.take()]
+
+
+class _Capture:
+    """Takes what is written to stdout or stderr."""
+
+    def __init__(self, number: int, name: str) -> None:
+        self._number = number
+        self._name = name
+        self._fd = os.memfd_create(name)
+        self._file = io.TextIOWrapper(io.FileIO(self._fd, "w", closefd=False), errors="replace", write_through=True)
+
+    def install(self) -> None:
+        """Have this process, and those that it starts, write here."""
+        if getattr(sys, self._name) is not self._file:
+            os.dup2(self._fd, self._number)
+            setattr(sys, self._name, self._file)
+
+    def take(self) -> Iterator[tuple[str, str]]:
+        """Yield the title and the text of what was written since the last call, if something was."""
+        if size := os.fstat(self._fd).st_size:
+            text = os.pread(self._fd, size, 0).decode(errors="replace")
+            os.ftruncate(self._fd, 0)
+            os.lseek(self._fd, 0, os.SEEK_SET)
+            yield f"Captured {self._name}", text

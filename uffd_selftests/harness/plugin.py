@@ -23,6 +23,7 @@ from uffd_selftests.bugs import known_bugs
 from uffd_selftests.case import ATTRIBUTE, Case, Kind
 from uffd_selftests.harness.interrupts import Signals
 from uffd_selftests.harness.isolation import end_with
+from uffd_selftests.harness.launcher import Launcher
 from uffd_selftests.harness.plain import make_context
 from uffd_selftests.harness.reporter import Reporter
 from uffd_selftests.harness.results import Planned, declaration
@@ -39,6 +40,8 @@ SIGNALS = pytest.StashKey[Signals]()
 REPORTER = pytest.StashKey[Reporter]()
 STEWARD = pytest.StashKey[Steward]()
 FACTS = pytest.StashKey[kernel.Facts]()
+LAUNCHER = pytest.StashKey[Launcher]()
+"""Given by whoever had one started before pytest."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -84,7 +87,8 @@ def _be_first(config: pytest.Config, settings: Settings, signals: Signals) -> No
     _register(config, steward)
     if config.getoption("dist", "no") == "no":
         guarded = reporter.descriptors if reporter else ()
-        _register(config, Runner(settings, steward.facts, health=steward.health, guarded=guarded))
+        launcher = config.stash.get(LAUNCHER, None)
+        _register(config, Runner(settings, steward.facts, health=steward.health, guarded=guarded, launcher=launcher))
 
 
 def _register(config: pytest.Config, part: Reporter | Steward | Runner) -> None:
@@ -223,8 +227,9 @@ def mem(request: pytest.FixtureRequest) -> MemType:
 @pytest.fixture
 def ctx(request: pytest.FixtureRequest, mem: MemType) -> Iterator[Context]:
     """Source and destination areas of the memory type, and a userfaultfd with the case's features."""
-    area_bytes = request.config.stash[SETTINGS].area_bytes_of(declaration(request.node)[0])
-    with make_context(request.node, area_bytes) as context:
+    case, _, _ = declaration(request.node)
+    assert case
+    with make_context(case, mem, request.config.stash[SETTINGS].area_bytes_of(case)) as context:
         yield context
 
 

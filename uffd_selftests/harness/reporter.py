@@ -36,6 +36,7 @@ import pytest
 
 import uffd_selftests
 from uffd_selftests.harness import ktap
+from uffd_selftests.harness.health import KMSG
 from uffd_selftests.harness.results import Planned, Result, judge
 from uffd_selftests.report.model import FORMAT
 
@@ -45,11 +46,8 @@ if TYPE_CHECKING:
     from uffd_selftests.harness.interrupts import Signals
     from uffd_selftests.harness.settings import Settings
 
-KMSG = "/dev/kmsg"
 NOTE = "uffd-selftests: case "
 """What stands before the name of a case that begins, in the kernel's log."""
-
-FILES = ("results.tap", "results.json", "environment.json", "dmesg.txt", "junit.xml", "report.html")
 
 
 class Reporter:

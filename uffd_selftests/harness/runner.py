@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+import sys
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 from _pytest.runner import runtestprotocol
 
-from uffd_selftests.harness import gating, plain, proc
+from uffd_selftests.harness import gating, plain
 from uffd_selftests.harness.health import HugepageUse
 from uffd_selftests.harness.isolation import Ending, How, Isolator, Send
-from uffd_selftests.harness.launcher import Launcher
+from uffd_selftests.harness.launcher import Launcher, Order
 from uffd_selftests.harness.results import declaration, place
 from uffd_selftests.machine import lack_of_hugepages
 
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 
     from uffd_selftests.case import Case
     from uffd_selftests.harness.health import KernelHealth
-    from uffd_selftests.harness.isolation import Work
     from uffd_selftests.harness.settings import Settings
     from uffd_selftests.kernel import Facts
     from uffd_selftests.mem_types import MemType
@@ -37,11 +38,8 @@ PHASES = ("setup", "call", "teardown")
 REFUSAL = pytest.StashKey[str]()
 """Why a test fails without having run: it lacks something that was required."""
 
-
-class Leak(NamedTuple):
-    """What a child sends when something is left at its own end."""
-
-    line: str
+PLAIN = pytest.StashKey[bool]()
+"""Whether a test is a plain case: asked more than once."""
 
 
 class Runner:
@@ -56,6 +54,7 @@ class Runner:
         health: KernelHealth | None = None,
         guarded: Iterable[int] = (),
         cpu: int = 0,
+        launcher: Launcher | None = None,
     ) -> None:
         self._settings = settings
         self._facts = facts
@@ -67,16 +66,21 @@ class Runner:
         self._cpus = sorted(os.sched_getaffinity(0))
         self._cpu = self._cpus[cpu % len(self._cpus)]
         """Where cases run that want a single CPU; another one for each worker."""
-        self._launcher: Launcher | None = None
-        """Runs plain cases."""
+        self._launcher = launcher
+        """Runs plain cases. One that is given is smaller than what this process can fork, and knows no pytest."""
         self._together: list[str] = []
         """The results so far of the process that waits in the launcher for the next one."""
+        self._ahead = ""
+        """The nodeid of what the launcher has begun already."""
         self._shares = settings.sharing
         """Whether a process may run several cases: until the kernel complains, to know which one it means next time."""
-        self._nextitem: pytest.Item | None = None
+        self._following: dict[str, pytest.Item | None] = {}
+        """What runs after a test, by its nodeid; with workers nobody knows more than that of the present one."""
         self._known_lacks: dict[tuple[int, MemType | None], list[gating.Missing]] = {}
         self._isolator: Isolator | None = None
         """Runs everything else: what is forked here has whatever other plugins left in this process."""
+        if self._launcher:
+            self._set_up(self._launcher)
 
     def close(self) -> None:
         """End what is running."""
@@ -91,17 +95,22 @@ class Runner:
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
         """Run a case in a child; leave to pytest what is to be skipped or to run in this process."""
         case, _, mem = declaration(item)
-        self._nextitem = nextitem
+        if not self._following and not self._turns:
+            items = item.session.items
+            self._following = {each.nodeid: after for each, after in itertools.pairwise(items)}
+        self._following[item.nodeid] = nextitem
         if not case:
             return self._run(item, isolate=self._settings.isolate_all or bool(item.get_closest_marker("isolated")))
         lacking = self._lacking(case, mem)
         needed = 0 if lacking else gating.hugepages_needed(case, mem, self._settings.area_bytes_of(case))
         with self._turn(needed):
-            if needed and (reason := lack_of_hugepages(self._facts.hugepage_size, needed)):
+            if item.nodeid == self._ahead:
+                pass  # the launcher has looked
+            elif needed and (reason := lack_of_hugepages(self._facts.hugepage_size, needed)):
                 lacking = [gating.Missing(gating.HUGEPAGES, reason)]
             if lacking:
                 self._refuse(item, lacking)
-            return self._run(item, isolate=not lacking, hugepages=needed > 0)
+            return self._run(item, isolate=not lacking, hugepages=needed)
 
     def _lacking(self, case: Case, mem: MemType | None) -> list[gating.Missing]:
         known = self._known_lacks.get((id(case), mem))
@@ -147,8 +156,8 @@ class Runner:
                 # Not left to closing alone: a child that cannot be killed would still have the file open.
                 fcntl.flock(file, fcntl.LOCK_UN)
 
-    def _run(self, item: pytest.Item, *, isolate: bool, hugepages: bool = False) -> bool | None:
-        """Run a test in a child and report, or leave it to pytest; hugepages says whether it may take some."""
+    def _run(self, item: pytest.Item, *, isolate: bool, hugepages: int = 0) -> bool | None:
+        """Run a test in a child and report, or leave it to pytest; hugepages says how many it may take."""
         if not isolate or not self._settings.isolate:
             return None
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
@@ -157,21 +166,18 @@ class Runner:
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
 
-    def _isolated(self, item: pytest.Item, *, hugepages: bool) -> list[pytest.TestReport]:
-        pages = HugepageUse(self._facts.hugepage_size if hugepages and self._health else 0)
+    def _isolated(self, item: pytest.Item, *, hugepages: int) -> list[pytest.TestReport]:
         case, _, _ = declaration(item)
-        deadline = self._settings.deadline_of(case)
-        is_plain = plain.is_plain(item)
+        is_plain = plain_case(item)
         together = self._together
-        ending = self._launch(item, deadline) if is_plain else self._fork(item, deadline)
+        ending = self._launch(item) if is_plain else self._fork(item, hugepages)
         if case and case.stress and ending.how is not How.DONE:
             ending.evidence.append(f"again: --stress-seed {self._settings.stress_seed}")
         reports = _reports(item, ending, is_plain=is_plain)
-        left = [record.line for record in ending.records if isinstance(record, Leak)] + ending.leftovers
-        left += pages.lost()
+        left = [record.line for record in ending.records if isinstance(record, plain.Leak)] + ending.leftovers
         if left:
             _fail_late(item, reports, "left behind", left)
-        if self._health and (complaints := self._health.complaints()):
+        if self._health and not ending.followed and (complaints := self._health.complaints()):
             if together:
                 others = f"{together[0]} and {len(together) - 1} more" if together[1:] else together[0]
                 complaints.append(f"the same process had run {others}; from now on each case has its own")
@@ -183,30 +189,87 @@ class Runner:
                 failed[0].sections.append(("Before it, its process had run", "\n".join(together[-SHOWN:])))
         return reports
 
-    def _launch(self, item: pytest.Item, deadline: float) -> Ending:
+    def _launch(self, item: pytest.Item) -> Ending:
         """Run a plain case in a child of a process that does nothing else."""
         if not self._launcher:
-            items = {item.nodeid: item for item in item.session.items}
-            self._launcher = Launcher(lambda name: self._ready(items[name]), self._guarded)
+            self._launcher = Launcher(plain.Cases(_describer(item.session)), self._guarded)
+            self._set_up(self._launcher)
             if self._isolator:
                 self._isolator.spare(self._launcher.pid)
+        following = self._following[item.nodeid]
+        then = self._order(following) if following and self._may_follow(following) else None
+        ending = self._launcher.run(self._order(item), then)
+        self._ahead = following.nodeid if following and ending.followed else ""
         case, variant, mem = declaration(item)
         assert case
-        more = self._shares and not case.stress and self._goes_on(item)
-        ending = self._launcher.run(item.nodeid, deadline=deadline, more=more)
         self._together = [*self._together, case.result_name(variant, mem)] if ending.rests else []
         if not self._launcher.alive:
             self._launcher.close()
             self._launcher = None
         return ending
 
-    def _fork(self, item: pytest.Item, deadline: float) -> Ending:
+    def _set_up(self, launcher: Launcher) -> None:
+        launcher.set_up(plain.Setting(dict(os.environ), list(sys.path), self._facts.hugepage_size))
+
+    def _order(self, item: pytest.Item) -> Order:
+        """Return what the launcher needs to know of a plain case."""
+        case, variant, mem = declaration(item)
+        assert case
+        assert isinstance(item, pytest.Function)
+        capture = item.config.pluginmanager.getplugin("capturemanager")
+        area_bytes = self._settings.area_bytes_of(case)
+        task = plain.Task(
+            item.nodeid,
+            item.module.__name__,
+            item.originalname,
+            item._fixtureinfo.argnames,
+            variant,
+            mem.name if mem else None,
+            area_bytes,
+            self._cpus_of(case),
+            gating.hugepages_needed(case, mem, area_bytes) if self._health else 0,
+            bool(expectation(item)),
+            captured=bool(capture) and capture.is_globally_capturing() and not case.stress,  # which shows how far it is
+        )
+        return Order(task, self._settings.deadline_of(case), more=self._shares and self._goes_on(item))
+
+    def _cpus_of(self, case: Case | None) -> frozenset[int]:
+        """Return where a test may run."""
+        return frozenset({self._cpu} if case and not case.smp else self._cpus)
+
+    def _goes_on(self, item: pytest.Item) -> bool:
+        """Whether what follows a case is one of the same file, and both are fit to share a process."""
+        case, _, _ = declaration(item)
+        following = self._following.get(item.nodeid)
+        if not case or case.stress or not following or following.path != item.path:
+            return False
+        return self._is_fit(following)
+
+    def _may_follow(self, item: pytest.Item) -> bool:
+        """Whether a test may begin while the result of the one before it is still to be written.
+
+        Not when somebody is to know which case makes the kernel complain, or who has its turn with the huge pages.
+        """
+        alone = self._health is not None and self._shares and not self._settings.kmsg
+        case, _, _ = declaration(item)
+        return alone and self._is_fit(item) and not (case and case.may_hang_kernel)
+
+    def _is_fit(self, item: pytest.Item) -> bool:
+        """Whether a test is a plain case that can run here and has the terminal no use for."""
+        case, _, mem = declaration(item)
+        return case is not None and plain_case(item) and not case.stress and not self._lacking(case, mem)
+
+    def _fork(self, item: pytest.Item, hugepages: int) -> Ending:
         """Run a test in a child of this process."""
         if not self._isolator:
             self._isolator = Isolator()
             for fd in self._guarded:
                 self._isolator.guard(fd)
-        return self._isolator.run(lambda send: self._perform(item, send), deadline=deadline)
+        pages = HugepageUse(self._facts.hugepage_size if hugepages and self._health else 0)
+        case, _, _ = declaration(item)
+        ending = self._isolator.run(lambda send: self._perform(item, send), deadline=self._settings.deadline_of(case))
+        ending.leftovers += pages.lost()
+        return ending
 
     def _perform(self, item: pytest.Item, send: Send) -> None:
         """Run a test in the child and send its reports one by one, so that a later crash does not take them along."""
@@ -221,51 +284,51 @@ class Runner:
         # Subtests report through the same hook.
         for relay in (item.config.hook, item.ihook):
             setattr(relay, "pytest_runtest_logreport", forward)  # noqa: B010  # mypy knows no hook by name
-        self._place(item)
+        case, _, _ = declaration(item)
+        plain.keep_to(self._cpus_of(case))
         runtestprotocol(item, log=True, nextitem=None)
         if not failed:
-            _send_leaks(send)
-
-    def _goes_on(self, item: pytest.Item) -> bool:
-        """Whether what follows is a case of the same file, and fit to share the item's process."""
-        following = self._nextitem
-        if not following or following.path != item.path or not plain.is_plain(following):
-            return False
-        case, _, mem = declaration(following)
-        return case is not None and not case.stress and not self._lacking(case, mem)
-
-    def _ready(self, item: pytest.Item) -> Work:
-        """Prepare the child for a plain case and return what runs it."""
-        case = self._place(item)
-        capture = item.config.pluginmanager.getplugin("capturemanager")
-        if capture and not (case and case.stress):  # which shows on the terminal how far it is
-            capture.resume_global_capture()  # pytest does so in its own way to a test
-        return lambda send: self._call(item, case, send)
-
-    def _call(self, item: pytest.Item, case: Case | None, send: Send) -> bool:
-        """Run a plain case in the child and send what became of it; return whether all is well."""
-        assert isinstance(item, pytest.Function)
-        passed = False
-        for outcome in plain.perform(item, self._settings.area_bytes_of(case)):
-            send(outcome)
-            if isinstance(outcome, plain.Passed):
-                passed = not _send_leaks(send)
-        return passed
-
-    def _place(self, item: pytest.Item) -> Case | None:
-        """Choose the CPU for a test; return the case that it declares."""
-        case, _, _ = declaration(item)
-        if case:
-            os.sched_setaffinity(0, self._cpus if case.smp else {self._cpu})
-        return case
+            plain.send_leaks(send)
 
 
-def _send_leaks(send: Send) -> bool:
-    """Send what a test left open, if anything; not after a failure, whose traceback keeps its frames."""
-    leaks = [Leak(f"userfaultfd {fd} is open") for fd in proc.userfaultfds()]
-    for leak in leaks:
-        send(leak)
-    return bool(leaks)
+def plain_case(item: pytest.Item) -> bool:
+    """Whether a test is a case without fixtures, hooks around it or markers that are not this plugin's."""
+    if PLAIN not in item.stash:
+        item.stash[PLAIN] = _plain_case(item)
+    return item.stash[PLAIN]
+
+
+def _plain_case(item: pytest.Item) -> bool:
+    case, _, _ = declaration(item)
+    if not case or not isinstance(item, pytest.Function) or item.cls:
+        return False
+    markers = {marker.name for marker in item.iter_markers()}
+    taken, needed = item._fixtureinfo.argnames, {*plain.GIVEN, "request"}  # which the fixture ctx takes
+    allowed = {"xfail"} if case.defect else set()
+    known = getattr(sys.modules.get(item.module.__name__), item.originalname, None) is item.function
+    return known and plain.GIVEN.issuperset(taken) and needed.issuperset(item.fixturenames) and markers <= allowed
+
+
+def expectation(item: pytest.Item) -> str:
+    """Return why a case is expected to fail; empty when it is not."""
+    marker = item.get_closest_marker("xfail")  # the plugin's, for a plain case has no others
+    return str(marker.kwargs["reason"]) if marker else ""
+
+
+def _describer(session: pytest.Session) -> plain.Describe | None:
+    """Return what makes pytest's report of a failure, if somebody wants to see it."""
+    items = {item.nodeid: item for item in session.items}
+
+    def describe(nodeid: str, error: BaseException) -> dict[str, Any]:
+        def again() -> None:
+            raise error
+
+        item = items[nodeid]
+        report = item.ihook.pytest_runtest_makereport(item=item, call=pytest.CallInfo.from_call(again, "call"))
+        data: dict[str, Any] = item.config.hook.pytest_report_to_serializable(config=item.config, report=report)
+        return data
+
+    return None if session.config.option.tbstyle == "no" else describe
 
 
 def _reports(item: pytest.Item, ending: Ending, *, is_plain: bool) -> list[pytest.TestReport]:
@@ -276,7 +339,7 @@ def _reports(item: pytest.Item, ending: Ending, *, is_plain: bool) -> list[pytes
         reports = _fill_in(item, ending, reports)
     if ending.how is How.DONE and not ending.leftovers:
         return reports
-    sections = _captured(item)
+    sections = ending.printed if is_plain else _captured(item)
     if ending.how is not How.DONE and not (is_plain and any(report.failed for report in reports)):
         word = ending.how.name
         text = "\n".join([f"{word} {ending.reason}", *ending.evidence])
@@ -286,23 +349,29 @@ def _reports(item: pytest.Item, ending: Ending, *, is_plain: bool) -> list[pytes
 
 
 def _fill_in(item: pytest.Item, ending: Ending, reports: list[pytest.TestReport]) -> list[pytest.TestReport]:
-    """Add the reports of a plain case that the child leaves out: whatever went well."""
+    """Add the reports of a plain case that the child leaves out."""
     for record in ending.records:
         if isinstance(record, plain.Passed):
             reports.append(_passed(item, "call", record.seconds))
-            if reason := plain.expected(item):
+            if reason := expectation(item):
                 reports[-1].wasxfail = reason
         elif isinstance(record, plain.Failed) and not reports:  # nobody asked for more, or it took too long
             text = f"{record.message}\nat {place(item.location[0], record.places)}"
             reports.append(_failure(item, [_passed(item, "setup")], text, duration=record.seconds))
         elif isinstance(record, plain.Expected):
             failure = _passed(item, "call", record.seconds)
-            failure.outcome, failure.longrepr, failure.wasxfail = "skipped", record.text, plain.expected(item)
+            failure.outcome, failure.longrepr, failure.wasxfail = "skipped", record.text, expectation(item)
             reports.append(failure)
+        elif isinstance(record, plain.Skipped):
+            path, line, _ = item.reportinfo()
+            skipped = _passed(item, "call", record.seconds)
+            skipped.outcome = "skipped"
+            skipped.longrepr = (os.fspath(path), (line or 0) + 1, f"Skipped: {record.reason}")
+            reports.append(skipped)
     reports.insert(0, _passed(item, "setup"))
     if ending.how is How.DONE or reports[-1].failed:
         reports.append(_passed(item, "teardown"))
-        reports[1].sections += _captured(item)
+        reports[1].sections += ending.printed
     return reports
 
 
@@ -331,7 +400,7 @@ def _failure(item: pytest.Item, reports: list[pytest.TestReport], text: str, **m
 
 
 def _captured(item: pytest.Item) -> list[tuple[str, str]]:
-    """Take what a killed child printed: it wrote to the same files as this process, and nobody else will read it."""
+    """Take what a killed child of this process printed: it wrote to the same files, and nobody else will read it."""
     manager = item.config.pluginmanager.getplugin("capturemanager")
     if not manager or not manager.is_globally_capturing():
         return []

@@ -12,16 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pytest
-from _pytest.mark.expression import Expression
-
 from uffd_selftests.harness import gating
 
 if TYPE_CHECKING:
+    import pytest
+
     from uffd_selftests.case import Case
 
 STRESS_LOG = "stress.log"
 """In the folder of ``-o``: a line for each bounce of a stress case, with what each thread did."""
+
+FILES = ("results.tap", "results.json", "environment.json", "dmesg.txt", "junit.xml", "report.html")
+"""The others in that folder."""
 
 Parse = Callable[[str], Any]
 
@@ -153,6 +155,8 @@ class Settings:
     @classmethod
     def of(cls, config: pytest.Config) -> Settings:
         """Return the settings of a pytest run; raises pytest.UsageError."""
+        import pytest  # noqa: PLC0415  # the command line reads its options without
+
         option = config.option
         try:
             check_keyword(option.keyword)
@@ -225,6 +229,8 @@ class Settings:
 
 def check_keyword(expression: str) -> None:
     """Refuse a bad -k with a ValueError, before xdist's workers find out."""
+    from _pytest.mark.expression import Expression  # noqa: PLC0415  # which takes long to load
+
     try:
         Expression.compile(expression)
     except Exception as error:  # its type depends on pytest's version
