@@ -211,7 +211,7 @@ class Isolator:
                     work, deadline, may_rest = take()
                     faulthandler.dump_traceback_later(TRACEBACK_SHARE * deadline, file=notes)
                     if may_rest and not before:
-                        before = proc.state()
+                        before = proc.State()
                     rests = _perform(work, sink, notes, before if may_rest else None)
             finally:
                 os._exit(0)
@@ -239,8 +239,7 @@ class Isolator:
         """Return the children of this process that are neither its own nor to be spared."""
         if not self._own and not proc.has_children():  # which takes one system call
             return []
-        known = self._spared | self._own.keys()
-        return [child for child in proc.children(os.getpid()).values() if child.pid not in known]
+        return list(proc.children(os.getpid(), but=self._spared | self._own.keys()).values())
 
     def _clear_strays(self) -> list[tuple[proc.Process, bool]]:
         """Kill the orphans of a child that is gone, and theirs; return each, and whether it died."""
@@ -388,7 +387,7 @@ def _settle(parent: int, guarded: Iterable[int]) -> None:
     os.close(null)
 
 
-def _perform(work: Work, sink: int, notes: int, before: list[object] | None) -> bool:
+def _perform(work: Work, sink: int, notes: int, before: proc.State | None) -> bool:
     """Do the work in the child and send what comes of it; return whether the child can do more.
 
     That is when all went well and has left the process as it was before, if it is to be compared with that.
@@ -396,7 +395,7 @@ def _perform(work: Work, sink: int, notes: int, before: list[object] | None) -> 
     send = _sender(sink)
     last, payload = _Tag.DONE, ""
     try:
-        if work(lambda record: send(_Tag.RECORD, record)) is True and before and proc.is_in(before):
+        if work(lambda record: send(_Tag.RECORD, record)) is True and before and before.lasts():
             last = _Tag.RESTING
     except BaseException as error:
         stack = reversed(traceback.extract_tb(error.__traceback__))

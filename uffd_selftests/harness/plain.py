@@ -149,7 +149,9 @@ def perform(task: Task, describe: Describe | None = None) -> Iterator[object]:
     elif _is_skip(raised):
         yield Skipped(seconds, str(raised))
     elif task.expected and case.defect and _shows(raised, case.defect.shows):
-        yield Expected(seconds, _text(raised))
+        text = _text(raised)
+        raised = None  # with its traceback, and all that it keeps
+        yield Expected(seconds, text)
     else:
         places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(raised.__traceback__)]
         yield Failed(seconds, _text(raised), places)
@@ -207,6 +209,8 @@ class Cases:
         self._hugepage_size = settings.hugepage_size
         self._pages = HugepageUse(0)
         self._log = KernelLog()
+        self._before: proc.Descriptors | None = None
+        """Of a child, before its first case; it does another one only when that has changed nothing."""
         self._captures = (_Capture(1, "stdout"), _Capture(2, "stderr"))
 
     def ready(self, task: object) -> bool:
@@ -227,16 +231,19 @@ class Cases:
         if task.captured:
             for capture in self._captures:
                 capture.install()
-        return lambda send: self._call(task, send)
+        self._before = before = self._before or proc.Descriptors()
+        return lambda send: self._call(task, send, before)
 
-    def _call(self, task: Task, send: Send) -> bool:
-        """Run a case and send what became of it; return whether all is well."""
-        passed = False
+    def _call(self, task: Task, send: Send, descriptors: proc.Descriptors) -> bool:
+        """Run a case and send what became of it; return whether it went as it should."""
+        well = False
         for outcome in perform(task, self._describe):
             send(outcome)
             if isinstance(outcome, Passed):
-                passed = not send_leaks(send)
-        return passed
+                well = descriptors.are_the_same() or not send_leaks(send)
+            elif isinstance(outcome, Expected):
+                well = True
+        return well
 
     def begun(self, task: object) -> None:
         """Load the module of a case, for what is forked next; what is wrong with it, the case will tell."""

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import resource
 import signal
 import time
 from dataclasses import dataclass
@@ -14,23 +16,29 @@ from uffd_selftests.memory import FIRST_PLACE, LAST_PLACE
 from uffd_selftests.uapi import Feature
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Container, Iterable, Iterator
 
 INITIALIZED = 1 << 31
 """UFFD_FEATURE_INITIALIZED of fs/userfaultfd.c: UFFDIO_API was called. It is no feature."""
 
 USERFAULTFD_LINK = "anon_inode:[userfaultfd]"
 
-VOLATILE = (
-    *("State:", "FDSize:", "SigQ:", "voluntary_ctxt_switches:", "nonvoluntary_ctxt_switches:"),
-    *("VmPeak:", "VmSize:", "VmHWM:", "VmRSS:", "RssAnon:", "RssFile:", "VmData:", "VmStk:", "VmExe:", "VmLib:"),
-    *("VmPTE:", "VmSwap:"),
-    "Cpus_allowed",  # each case gets its own
+VOLATILE = re.compile(
+    "^(?:State|FDSize|SigQ|(?:non)?voluntary_ctxt_switches|Vm(?:Peak|Size|HWM|RSS|Data|Stk|Exe|Lib|PTE|Swap)|RssAnon|RssFile"
+    "|Cpus_allowed(?:_list)?"  # each case gets its own
+    "):.*\n?",
+    re.MULTILINE,
 )
 """Lines of /proc/PID/status that say nothing of what a process has changed."""
 
 FATAL = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT)
 """Signals that faulthandler handles: /proc/PID/status does not show when somebody else does instead."""
+
+LIMITS = {getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
+
+PR_GET_TIMERSLACK = 30  # include/uapi/linux/prctl.h
+
+_libc = ctypes.CDLL(None)
 
 SETTLE_SECONDS = 0.005
 
@@ -70,13 +78,13 @@ def _process(pid: int) -> Process | None:
     return Process(pid, before.partition("(")[2], state, int(parent), int(group))
 
 
-def children(parent: int) -> dict[int, Process]:
-    """Return the direct children of a process, zombies included."""
+def children(parent: int, but: Container[int] = ()) -> dict[int, Process]:
+    """Return the direct children of a process, zombies included, but for some."""
     if lists_children():
         tasks = os.listdir(f"/proc/{parent}/task")
         pids = [int(pid) for tid in tasks for pid in _read(f"/proc/{parent}/task/{tid}/children").split()]
-        return {pid: process for pid in pids if (process := _process(pid))}
-    return {pid: process for pid, process in processes().items() if process.parent == parent}
+        return {pid: process for pid in pids if pid not in but and (process := _process(pid))}
+    return {pid: process for pid, process in processes().items() if process.parent == parent and pid not in but}
 
 
 def has_children() -> bool:
@@ -129,26 +137,79 @@ def _links(pid: int | str) -> Iterator[tuple[str, str]]:
             continue
 
 
-def state() -> list[object]:
-    """Return what this process may change of itself and would keep: rights, limits, signals, descriptors, children...
+class Descriptors:
+    """The open descriptors of this process when this is made."""
 
-    Of its memory only what is shared, locked or of huge pages: Python itself takes more and more of the rest.
+    def __init__(self) -> None:
+        self._count = self._now()
+        self._files = {int(fd): self._file(int(fd)) for fd in os.listdir("/proc/self/fd")}
+
+    @staticmethod
+    def _now() -> int:
+        return os.stat("/proc/self/fd").st_size  # proc_pid_fd(5): how many there are, since Linux 6.2; before, 0
+
+    @staticmethod
+    def _file(fd: int) -> tuple[int, int, int] | None:
+        """Return what a descriptor is open on; None for that with which the folder was read."""
+        try:
+            file = os.fstat(fd)
+        except OSError:
+            return None
+        return file.st_dev, file.st_ino, file.st_mode
+
+    def are_the_same(self) -> bool:
+        """Whether none has come, gone or become another; raises OSError when nobody can say."""
+        if self._count and self._now() != self._count:
+            return False
+        files = self._files if self._count else {int(fd): None for fd in os.listdir("/proc/self/fd")}
+        return files.keys() == self._files.keys() and all(self._file(fd) == file for fd, file in self._files.items())
+
+
+class State:
+    """What this process may change of itself and would keep: rights, limits, signals, descriptors, children...
+
+    It is kept as it is when this is made. Of memory only what is shared, locked, of huge pages or in the place of the
+    cases: Python itself takes more and more of the rest.
     """
-    status = [line for line in _read("/proc/self/status").splitlines() if not line.startswith(VOLATILE)]
-    names = ("limits", "cgroup", "oom_score_adj", "coredump_filter", "personality", "timers", "timerslack_ns")
-    files = [_read(f"/proc/self/{name}") for name in names]
+
+    def __init__(self) -> None:
+        self._descriptors = Descriptors()
+        self._others = _others()
+
+    def lasts(self) -> bool:
+        """Whether it is still the same; soon, for a thread that was joined takes a moment to vanish."""
+        until = time.monotonic() + SETTLE_SECONDS
+        try:
+            while not self._descriptors.are_the_same() or _others() != self._others:
+                if time.monotonic() > until:
+                    return False
+                time.sleep(SETTLE_SECONDS / 10)
+        except OSError:  # without rights, descriptors, a folder or /proc it cannot even look
+            return False
+        return True
+
+
+def _others() -> list[object]:
+    status = VOLATILE.sub("", _read("/proc/self/status"))
+    files = [_read(f"/proc/self/{name}") for name in ("cgroup", "oom_score_adj", "timers")]
     namespaces = [os.readlink(f"/proc/self/ns/{name}") for name in os.listdir("/proc/self/ns")]
-    scheduling = [os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0)]
+    limits = [resource.getrlimit(limit) for limit in LIMITS]
+    scheduling = [os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0), _libc.prctl(PR_GET_TIMERSLACK)]
     timers = [signal.getitimer(timer) for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)]
     handlers = [signal.getsignal(number) for number in FATAL]
-    rest = [os.getcwd(), dict(os.environ), sorted(_links("self")), has_children()]
-    return [status, files, namespaces, scheduling, timers, handlers, _mappings(), *rest]
+    rest = [os.getcwd(), dict(os.environ), has_children()]
+    personality = _libc.personality(0xFFFFFFFF)  # changes nothing: personality(2)
+    return [status, files, namespaces, limits, scheduling, timers, handlers, personality, _mappings(), *rest]
 
 
 def _mappings() -> list[bytes]:
     """Return the lines of the mappings that lie where the cases have theirs (memory.map_memory)."""
     fd = os.open("/proc/self/maps", os.O_RDONLY | os.O_CLOEXEC)
     try:
+        first = os.read(fd, 128)  # the kernel makes no more lines than that takes
+        if int(first.partition(b"-")[0], 16) >= LAST_PLACE:
+            return []
+        os.lseek(fd, 0, os.SEEK_SET)
         lines: list[bytes] = []
         while chunk := os.read(fd, 1 << 16):  # a page of whole lines, in the order of their addresses
             lines += chunk.splitlines()
@@ -157,19 +218,6 @@ def _mappings() -> list[bytes]:
     finally:
         os.close(fd)
     return [line for line in lines if FIRST_PLACE <= int(line.partition(b"-")[0], 16) < LAST_PLACE]
-
-
-def is_in(before: list[object]) -> bool:
-    """Whether this process is in a state as it was; soon, for a thread that was joined takes a moment to vanish."""
-    until = time.monotonic() + SETTLE_SECONDS
-    try:
-        while state() != before:
-            if time.monotonic() > until:
-                return False
-            time.sleep(SETTLE_SECONDS / 10)
-    except OSError:  # without rights, descriptors, a folder or /proc it cannot even look
-        return False
-    return True
 
 
 def describe(members: list[Process]) -> list[str]:
