@@ -22,7 +22,7 @@ from typing import Any
 from uffd_selftests import uapi
 from uffd_selftests.common import DEADLINE, DEFAULT_FLAGS, MISSING, WP, Context, Pagemap, Uffd, page_numbers
 from uffd_selftests.mem_types import SHMEM_PRIVATE, Area, Backing
-from uffd_selftests.memory import PAGE_SIZE, Advice, Range, errno_name
+from uffd_selftests.memory import Advice, Range, errno_name
 from uffd_selftests.native import ffi, lib
 from uffd_selftests.uapi import PM_UFFD_WP, Feature, PagefaultFlag
 
@@ -391,7 +391,7 @@ def misprotected(area: Area, unprotected: array[int], written_late: array[int]) 
     """
     if not os.path.exists("/proc/self/pagemap"):
         return
-    marks = [bool(entry & PM_UFFD_WP) for entry in Pagemap.entries(area.range)[:: area.page_size // PAGE_SIZE]]
+    marks = Pagemap.have(area.range, PM_UFFD_WP, area.page_size)
     lost = [page for page, mark in enumerate(marks) if not mark and not unprotected[page]]
     if lost:
         yield f"protection lost without a write-protect fault (PM_UFFD_WP in pagemap): pages {page_numbers(lost)}"

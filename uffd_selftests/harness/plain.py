@@ -216,8 +216,9 @@ class Cases:
     def ready(self, task: object) -> bool:
         """Whether a case can begin: the kernel has said nothing since this was asked last, there are huge pages."""
         assert isinstance(task, Task)
-        quiet = not self._log.read() and not self._log.unreadable
-        return quiet and not lack_of_hugepages(self._hugepage_size, task.hugepages)
+        if self._log.read() or self._log.unreadable:
+            return False
+        return not task.hugepages or not lack_of_hugepages(self._hugepage_size, task.hugepages)
 
     def begin(self, task: object) -> None:
         """Look how many huge pages are taken."""

@@ -34,6 +34,9 @@ VOLATILE = re.compile(
 FATAL = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT)
 """Signals that faulthandler handles: /proc/PID/status does not show when somebody else does instead."""
 
+NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid_for_children", "time_for_children", "user", "uts")
+"""What unshare(2) and setns(2) can change of the calling process: names in /proc/PID/ns."""
+
 LIMITS = {getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
 
 PR_GET_TIMERSLACK = 30  # include/uapi/linux/prctl.h
@@ -192,7 +195,7 @@ class State:
 def _others() -> list[object]:
     status = VOLATILE.sub("", _read("/proc/self/status"))
     files = [_read(f"/proc/self/{name}") for name in ("cgroup", "oom_score_adj", "timers")]
-    namespaces = [os.readlink(f"/proc/self/ns/{name}") for name in os.listdir("/proc/self/ns")]
+    namespaces = [_link(f"/proc/self/ns/{name}") for name in NAMESPACES]
     limits = [resource.getrlimit(limit) for limit in LIMITS]
     scheduling = [os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0), _libc.prctl(PR_GET_TIMERSLACK)]
     timers = [signal.getitimer(timer) for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)]
@@ -276,6 +279,14 @@ def _userfaultfd_lines(pid: int) -> Iterator[str]:
         if match := re.fullmatch(r"[0-9a-f]+:([0-9a-f]+):[0-9a-f]+", info.get("API", "")):
             line += f", features {Feature(int(match[1], 16) & ~INITIALIZED)}"
         yield line
+
+
+def _link(path: str) -> str:
+    """Return where a link of /proc leads; empty when it cannot be read, or the kernel has none."""
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
 
 
 def _read(path: str) -> str:

@@ -186,7 +186,7 @@ def test_writeprotect_beside_remap(ctx: Context) -> None:
     ctx.uffd.register(ctx.dst.range, WP)
     with big_mapping(ctx.uffd) as (big, to):
         done = overtaken(ctx.uffd, big, to, protector(ctx.uffd, ctx.dst.range, PAGE_SIZE))
-    marks = [bool(entry & uapi.PM_UFFD_WP) for entry in Pagemap.entries(ctx.dst.range)]
+    marks = Pagemap.have(ctx.dst.range, uapi.PM_UFFD_WP)
     wanted = [page < done for page in range(ctx.nr_pages)]
     expect(marks, wanted, f"protected pages, after {done} requests that succeeded")
 

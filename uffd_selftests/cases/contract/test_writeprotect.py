@@ -1027,7 +1027,7 @@ def test_writeprotect_swap_shared(ctx: Context) -> None:
 
     def gone() -> bool:
         advise(area.range, Advice.PAGEOUT)
-        return not any(entry & uapi.PM_PRESENT for entry in Pagemap.entries(area.range))
+        return not any(Pagemap.have(area.range, uapi.PM_PRESENT))
 
     eventually(gone, "MADV_PAGEOUT to take the pages out of the mapping")
     Pagemap.expect_protected(area, {0, 1}, "of pages swapped out")

@@ -151,7 +151,7 @@ def one_folio(ctx: Context, variant: str) -> Area:
         with suppress(OSError):  # without the privilege: what is there
             stack.enter_context(Sysctl(path, value))
         poke(area.start, b"\1")
-    if not all(entry & uapi.PM_PRESENT for entry in Pagemap.entries(area.range)):
+    if not all(Pagemap.have(area.range, uapi.PM_PRESENT)):
         remedy = f"run as root, or echo {value} > {path}" if os.geteuid() else "echo 1 > /proc/sys/vm/compact_memory"
         raise Skip(f"no transparent huge page of {variant} to be had: {remedy}")
     area.fill()
@@ -246,7 +246,7 @@ def other_hugepages() -> tuple[str, ...]:
 
 def protected_in(where: Range) -> int:
     """Return how many base pages of a range are marked as protected."""
-    return sum(bool(entry & uapi.PM_UFFD_WP) for entry in Pagemap.entries(where))
+    return sum(Pagemap.have(where, uapi.PM_UFFD_WP))
 
 
 @uffd_case(
