@@ -80,7 +80,7 @@ def test_close_missing(ctx: Context) -> None:
     other.expect_zero()
 
 
-@uffd_case("close-under-way", mem=ALL, pages=1, rows=("CL-01",), kind=Kind.DETAIL)
+@uffd_case("close-under-way", mem=ALL, pages=1, rows=("CL-01",), bugs=(59,), kind=Kind.DETAIL, smp=True)
 def test_close_under_way(ctx: Context) -> None:
     """A fault that comes while the last close waits for the address space is over with it: nobody hears of it."""
     uffd, page = ctx.uffd, ctx.dst.page(0)
