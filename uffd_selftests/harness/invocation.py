@@ -93,7 +93,7 @@ def _pytest_arguments(args: argparse.Namespace, passed: list[str], ktap_fd: int)
         if args.data_only:
             yield "--report-data-only"
     if not passed:
-        yield from ("--progress", "--tb=no")
+        yield from ("--progress", "--tb=no", "--assert=plain")  # the launcher knows nothing of pytest's asserts
         # Each of them costs every case.
         for name in ("cacheprovider", "logging", "threadexception", "unraisableexception", "warnings"):
             yield from ("-p", f"no:{name}")

@@ -30,12 +30,21 @@ import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from typing import Protocol
 
 from uffd_selftests.harness import proc
 
-Send = Callable[[object], None]
+
+class Send(Protocol):
+    """Sends a record to the parent: at once, or else together with what is sent next."""
+
+    def __call__(self, record: object, *, at_once: bool = True) -> None:
+        """Send a record: anything that can be pickled."""
+
+
 Work = Callable[[Send], object]
 """Returns True when it went well, so that its process may do more."""
 Order = tuple[Work, float, bool]
@@ -136,8 +145,8 @@ class Isolator:
     def run(self, work: Work, *, deadline: float) -> Ending:
         """Run work in a child process and return how that ended; whatever happens, the child is gone afterwards.
 
-        work gets a function that sends a record (anything that can be pickled) to the parent at once.  The deadline is
-        in seconds from now.  An exception here (Ctrl-C) ends the child, too.
+        work gets what sends a record to the parent.  The deadline is in seconds from now.  An exception here (Ctrl-C)
+        ends the child, too.
         """
         self._spared.update(stray.pid for stray in self._strays())  # what came before is not left by this work
         return self.see_through(self._fork(lambda: (work, deadline, False)), deadline)
@@ -395,7 +404,7 @@ def _perform(work: Work, sink: int, notes: int, before: proc.State | None) -> bo
     send = _sender(sink)
     last, payload = _Tag.DONE, ""
     try:
-        if work(lambda record: send(_Tag.RECORD, record)) is True and before and before.lasts():
+        if work(partial(send, _Tag.RECORD)) is True and before and before.lasts():
             last = _Tag.RESTING
     except BaseException as error:
         stack = reversed(traceback.extract_tb(error.__traceback__))
@@ -420,17 +429,21 @@ def _offer_to_oom_killer() -> None:
         os.close(fd)
 
 
-def _sender(sink: int) -> Callable[[_Tag, object], None]:
+def _sender(sink: int) -> Callable[..., None]:
     """Return the function that writes records for this process, and for this process only."""
     owner = os.getpid()
+    waiting = bytearray()
 
-    def send(tag: _Tag, payload: object) -> None:
+    def send(tag: _Tag, payload: object, *, at_once: bool = True) -> None:
         pid = os.getpid()
         if pid != owner:
             # A process that the case forked fell out of the case and now walks through the harness's code.
             _write(sink, _pack(_Tag.ESCAPED, pid))
             os._exit(1)
-        _write(sink, _pack(tag, payload))
+        waiting.extend(_pack(tag, payload))
+        if at_once:  # each record wakes the parent
+            _write(sink, bytes(waiting))
+            waiting.clear()
 
     return send
 

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import importlib
 import io
+import linecache
 import os
 import re
 import sys
@@ -154,7 +155,10 @@ def perform(task: Task, describe: Describe | None = None) -> Iterator[object]:
         yield Expected(seconds, text)
     else:
         places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(raised.__traceback__)]
-        yield Failed(seconds, _text(raised), places)
+        text = _text(raised)
+        if text == "AssertionError":  # of a bare assert
+            text += f": {linecache.getline(*places[-1]).strip()}"
+        yield Failed(seconds, text, places)
         if describe:
             yield describe(task.nodeid, raised)
 
@@ -239,7 +243,7 @@ class Cases:
         """Run a case and send what became of it; return whether it went as it should."""
         well = False
         for outcome in perform(task, self._describe):
-            send(outcome)
+            send(outcome, at_once=not isinstance(outcome, Passed))  # after which comes little
             if isinstance(outcome, Passed):
                 well = descriptors.are_the_same() or not send_leaks(send)
             elif isinstance(outcome, Expected):
