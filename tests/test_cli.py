@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -363,12 +364,18 @@ def started(cli: Starter, *args: str) -> Run:
     return run
 
 
+WAYS = {"serially": ["--case-file"], "told of pytest": ["--"], "with workers": ["-n", "2", "--"]}
+"""What stands before the path of a file, for each way to run it: the first is that of the suite's own cases."""
+
+either_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+
+
 @needs_userfaultfd
-@pytest.mark.parametrize("workers", ["0", "2"])
+@either_way
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_interrupt(cli: Starter, suite: SuiteWriter, number: signal.Signals, workers: str) -> None:
+def test_interrupt(cli: Starter, suite: SuiteWriter, number: signal.Signals, way: list[str]) -> None:
     """A signal ends the run at once: bail-out, exit code of the signal, nothing left behind, reports written."""
-    run = started(cli, "-n", workers, "--deadline", "1000", "--", suite.write(HANGS))
+    run = started(cli, "--deadline", "1000", *way, suite.write(HANGS))
     run.process.send_signal(number)
     run.wait()
     assert run.code == 128 + number
@@ -420,10 +427,10 @@ def test_reader_goes_away(cli: Starter, suite: SuiteWriter) -> None:
 
 
 @needs_userfaultfd
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_killed(cli: Starter, suite: SuiteWriter, workers: str) -> None:
+@either_way
+def test_killed(cli: Starter, suite: SuiteWriter, way: list[str]) -> None:
     """SIGKILL of a run ends its cases, too, and what they have started, with workers and without."""
-    run = started(cli, "-n", workers, "--deadline", "1000", "--", suite.write(HANGS))
+    run = started(cli, "--deadline", "1000", *way, suite.write(HANGS))
     run.process.kill()
     run.wait()
     until = time.monotonic() + 60
@@ -455,8 +462,8 @@ def test_worker_dies(cli: Starter, suite: SuiteWriter) -> None:
 
 
 @needs_userfaultfd
-@pytest.mark.parametrize("args", [["--tb=no"], []], ids=["hidden", "shown"])
-def test_what_a_failure_says(cli: Starter, suite: SuiteWriter, args: list[str]) -> None:
+@pytest.mark.parametrize("way", [["--case-file"], ["--", "--tb=no"], ["--"]], ids=["serial", "hidden", "shown"])
+def test_what_a_failure_says(cli: Starter, suite: SuiteWriter, way: list[str]) -> None:
     """A failure tells promise, error, place and output, whether or not pytest's own words are shown as well."""
     path = suite.write("""
         @uffd_case("fails")
@@ -465,12 +472,61 @@ def test_what_a_failure_says(cli: Starter, suite: SuiteWriter, args: list[str]) 
             print("said")
             raise AssertionError("expected EEXIST; the call succeeded")
     """)
-    run = cli.run("--", path, *args)
+    run = cli.run(*way, path)
     promise, error, place, *output = run.results["fails"]["diagnostics"]
     assert promise == "promise: The kernel keeps its word."
     assert error == "AssertionError: expected EEXIST; the call succeeded"
-    assert place.startswith(f"at {os.path.basename(path)}:")
+    assert re.fullmatch(rf"at (.*/)?{os.path.basename(path)}:[0-9]+", place)
     assert output == ["Captured stdout:", "  said"]
+
+
+@needs_userfaultfd
+@either_way
+def test_ways_to_end(cli: Starter, suite: SuiteWriter, way: list[str]) -> None:
+    """Each way to run a case tells the same of how it ended; no case hears of another's end or output."""
+    path = suite.write("""
+        import sys
+        from uffd_selftests.common import Skip, Uffd
+
+        @uffd_case("ends", variants=("pass", "print", "assert", "skip", "leak", "signal", "exit", "hang", "pass again"))
+        def test_ends(variant):
+            global uffd
+            if variant == "print":
+                print("said")
+                sys.stderr.write("complained")
+            elif variant == "assert":
+                assert len(variant) == 7
+            elif variant == "skip":
+                raise Skip("nothing: get some")
+            elif variant == "leak":
+                uffd = Uffd.open()
+            elif variant == "signal":
+                print("never heard of again")
+                os.kill(os.getpid(), signal.SIGSEGV)
+            elif variant == "exit":
+                os._exit(3)
+            elif variant == "hang":
+                time.sleep(1000)
+    """)
+    run = cli.run("--deadline", "1", *way, path)
+    told = {name[6:-1]: (result["outcome"], result["reason"]) for name, result in run.results.items()}
+    assert told == {
+        "pass": ("pass", ""),
+        "print": ("pass", ""),
+        "assert": ("fail", ""),
+        "skip": ("skip", "nothing: get some"),
+        "leak": ("fail", ""),
+        "signal": ("error", "killed by SIGSEGV"),
+        "exit": ("error", "exited with status 3 before its reports"),
+        "hang": ("timeout", "1 seconds"),
+        "pass again": ("pass", ""),
+    }
+    lines = {name[6:-1]: "\n".join(result["diagnostics"]) for name, result in run.results.items()}
+    assert "AssertionError: assert " in lines["assert"] or "assert 6 == 7" in lines["assert"]
+    assert "left behind: userfaultfd" in lines["leak"]
+    assert "never heard of again" in lines["signal"]
+    assert "said" not in "".join(lines.values())
+    assert run.survivors() == []
 
 
 @needs_userfaultfd

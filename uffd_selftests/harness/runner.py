@@ -66,8 +66,10 @@ class Runner:
         self._cpus = sorted(os.sched_getaffinity(0))
         self._cpu = self._cpus[cpu % len(self._cpus)]
         """Where cases run that want a single CPU; another one for each worker."""
-        self._launcher = launcher
-        """Runs plain cases. One that is given is smaller than what this process can fork, and knows no pytest."""
+        self._given = launcher
+        """What is the launcher first; it is smaller than what this process can fork, and knows no pytest."""
+        self._launcher: Launcher | None = None
+        """Runs plain cases."""
         self._together: list[str] = []
         """The results so far of the process that waits in the launcher for the next one."""
         self._ahead = ""
@@ -79,14 +81,13 @@ class Runner:
         self._known_lacks: dict[tuple[int, MemType | None], list[gating.Missing]] = {}
         self._isolator: Isolator | None = None
         """Runs everything else: what is forked here has whatever other plugins left in this process."""
-        if self._launcher:
-            self._set_up(self._launcher)
 
     def close(self) -> None:
         """End what is running."""
-        if self._launcher:
-            self._launcher.close()
-            self._launcher = None
+        for launcher in (self._given, self._launcher):
+            if launcher:
+                launcher.close()
+        self._given = self._launcher = None
         if self._isolator:
             self._isolator.close()
             self._isolator = None
@@ -192,8 +193,9 @@ class Runner:
     def _launch(self, item: pytest.Item) -> Ending:
         """Run a plain case in a child of a process that does nothing else."""
         if not self._launcher:
-            self._launcher = Launcher(plain.Cases(_describer(item.session)), self._guarded)
-            self._set_up(self._launcher)
+            self._launcher = self._given or Launcher(plain.Cases(_describer(item.session)), self._guarded)
+            self._given = None
+            self._launcher.set_up(plain.Setting(dict(os.environ), list(sys.path), self._facts.hugepage_size))
             if self._isolator:
                 self._isolator.spare(self._launcher.pid)
         following = self._following[item.nodeid]
@@ -207,9 +209,6 @@ class Runner:
             self._launcher.close()
             self._launcher = None
         return ending
-
-    def _set_up(self, launcher: Launcher) -> None:
-        launcher.set_up(plain.Setting(dict(os.environ), list(sys.path), self._facts.hugepage_size))
 
     def _order(self, item: pytest.Item) -> Order:
         """Return what the launcher needs to know of a plain case."""
