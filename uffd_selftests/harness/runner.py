@@ -254,7 +254,7 @@ class Runner:
         return alone and self._is_fit(item) and not (case and case.may_hang_kernel)
 
     def _is_fit(self, item: pytest.Item) -> bool:
-        """Whether a test is a plain case that can run here and has the terminal no use for."""
+        """Whether a test is a plain case that can run here and is over soon: it does not show how far it is."""
         case, _, mem = declaration(item)
         return case is not None and plain_case(item) and not case.stress and not self._lacking(case, mem)
 
