@@ -215,6 +215,7 @@ class Cases:
         self._log = KernelLog()
         self._before: proc.Descriptors | None = None
         """Of a child, before its first case; it does another one only when that has changed nothing."""
+        self._null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._captures = (_Capture(1, "stdout"), _Capture(2, "stderr"))
 
     def ready(self, task: object) -> bool:
@@ -234,6 +235,7 @@ class Cases:
         assert isinstance(task, Task)
         keep_to(task.cpus)
         if task.captured:
+            os.dup2(self._null, 0)
             for capture in self._captures:
                 capture.install()
         self._before = before = self._before or proc.Descriptors()
