@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from ctypes import addressof, sizeof
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -14,7 +14,7 @@ from loop import BenchmarkError, Latencies, touch
 
 from uffd_selftests.common import MINOR, MISSING, WP, Action, FaultHandler, Uffd
 from uffd_selftests.mem_types import ALL, ANON, SHARED, Area, Backing, MemType
-from uffd_selftests.memory import Advice, KernelError, Range, advise, checked
+from uffd_selftests.memory import Advice, Range, advise, checked, keep_small
 from uffd_selftests.native import lib
 from uffd_selftests.uapi import PAGEMAP_SCAN, Feature, PageCategory, PmScanFlag, RegisterMode, page_region, pm_scan_arg
 
@@ -113,9 +113,8 @@ class Workload:
     def _allocate(self) -> Area:
         area = self.mem.allocate(self.nr_pages, reserve=True)
         self._stack.callback(area.close)
-        with suppress(KernelError):  # EINVAL without THP
-            if not self.mem.hugetlb:
-                advise(area.range, Advice.NOHUGEPAGE)
+        if not self.mem.hugetlb:
+            keep_small(area.range)
         return area
 
     @property

@@ -12,7 +12,7 @@ import mmap as _mmap
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -176,6 +176,12 @@ def advise(where: Range, advice: Advice) -> None:
     """madvise(2). Waits for the event to be read where UFFD_FEATURE_EVENT_REMOVE is on and pages are dropped."""
     call = f"madvise({where.start:#x}, {where.len}, {advice})"
     checked(lib.uffd_madvise(where.start, where.len, advice), call)
+
+
+def keep_small(where: Range) -> None:
+    """Have no transparent huge page there (MADV_NOHUGEPAGE): it would fill what a case leaves empty."""
+    with suppress(KernelError):  # EINVAL without CONFIG_TRANSPARENT_HUGEPAGE
+        advise(where, Advice.NOHUGEPAGE)
 
 
 def protect(where: Range, prot: int) -> None:

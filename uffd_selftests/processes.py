@@ -36,7 +36,7 @@ from uffd_selftests.common import (
 )
 from uffd_selftests.machine import Sysctl
 from uffd_selftests.mem_types import Area
-from uffd_selftests.memory import KernelError, Range
+from uffd_selftests.memory import Range
 from uffd_selftests.native import lib
 from uffd_selftests.uapi import PM_PRESENT, Feature, PagefaultFlag, RegisterMode
 
@@ -201,8 +201,7 @@ def long_fill(uffd: Uffd, where: Range | None = None, *, nice: int = 19) -> Iter
         with memory.mapped(LONG_FILL * memory.PAGE_SIZE, flags=flags) as own, long_fill(uffd, own, nice=nice):
             yield own
         return
-    with suppress(KernelError):  # EINVAL without transparent huge pages
-        memory.advise(where, memory.Advice.NOHUGEPAGE)
+    memory.keep_small(where)
     uffd.register(where, RegisterMode.MISSING)
 
     def fill() -> None:

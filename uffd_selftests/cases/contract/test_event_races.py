@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EAGAIN
 from typing import cast
@@ -42,9 +42,8 @@ from uffd_selftests.memory import (
     MREMAP_MAYMOVE,
     PAGE_SIZE,
     PROT_NONE,
-    Advice,
     Range,
-    advise,
+    keep_small,
     mapped,
     peek,
     poke,
@@ -72,8 +71,7 @@ def big_mapping(uffd: Uffd) -> Iterator[tuple[Range, int]]:
         mapped(length, flags=MAP_PRIVATE | MAP_ANONYMOUS) as big,
         mapped(space, prot=PROT_NONE, flags=MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE) as room,
     ):
-        with suppress(OSError):  # without transparent huge pages
-            advise(big, Advice.NOHUGEPAGE)
+        keep_small(big)
         touch(big, PAGE_SIZE, write=True)
         uffd.register(big, MISSING)
         offset = (big.start - room.start + PAGE_SIZE) % pmd_size()
@@ -372,6 +370,8 @@ def test_move_behind_neighbour(ctx: Context) -> None:
 
     def refused() -> bool:
         area, new = ctx.allocate(LONG_FILL + 3), ctx.allocate(LONG_FILL + 1)
+        for one in area.range, new.range:
+            keep_small(one)
         dst, src = area.page(0, 2), area.page(2)
         for page in dst.start, src.start:
             poke(page, b"there")

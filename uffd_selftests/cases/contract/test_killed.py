@@ -8,7 +8,7 @@ import os
 import struct
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from errno import EEXIST, EINTR
 from functools import partial
 from io import FileIO
@@ -38,10 +38,10 @@ from uffd_selftests.memory import (
     PAGE_SIZE,
     PROT_READ,
     Advice,
-    KernelError,
     Range,
     advise,
     errno_name,
+    keep_small,
     mapped,
     peek,
     poke,
@@ -163,8 +163,7 @@ def test_move_killed(ctx: Context) -> None:
     """
     length, flags = MANY * PAGE_SIZE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
     with mapped(length, flags=flags) as src, mapped(length, flags=flags) as dst:
-        with suppress(KernelError):  # EINVAL without transparent huge pages
-            advise(src, Advice.NOHUGEPAGE)
+        keep_small(src)
 
         def prepare() -> Uffd:
             touch(src, PAGE_SIZE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from errno import EAGAIN, EBUSY, EEXIST, EFAULT, EINVAL, ENOENT
 from functools import partial
 from pathlib import Path
@@ -52,6 +52,7 @@ from uffd_selftests.memory import (
     advise,
     errno_name,
     expect_bytes,
+    keep_small,
     mapped,
     peek,
     pmd_mapped,
@@ -354,8 +355,7 @@ def test_move_nowhere(ctx: Context) -> None:
             ctx.uffd.move(ctx.dst.start, hole.start, PAGE_SIZE)
         with promise("MV-28", "no page tables, ALLOW_SRC_HOLES"):
             ctx.uffd.move(ctx.dst.start, hole.start, PAGE_SIZE, HOLES)
-        with suppress(OSError):  # without transparent huge pages
-            advise(place, Advice.NOHUGEPAGE)
+        keep_small(place)
         other = hole.start + pmd_size()
         poke(other + pmd_size(), b"x")
         with promise("MV-28", "only the page table is missing"), refuses(ENOENT):
@@ -615,6 +615,7 @@ def test_move_vanished(ctx: Context) -> None:
     """
     area, uffd = ctx.allocate(LONG_FILL + 3), ctx.uffd
     src, between, dst = area.page(0), area.page(1, LONG_FILL), area.page(1 + LONG_FILL, 2)
+    keep_small(area.range)
     for page in src.start, dst.start:
         poke(page, b"there")
     uffd.register(dst, MISSING)

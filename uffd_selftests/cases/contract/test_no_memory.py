@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 
 from uffd_selftests import uapi
 from uffd_selftests.case import Kind, uffd_case
@@ -30,11 +29,10 @@ from uffd_selftests.memory import (
     PROT_NONE,
     PROT_READ,
     PROT_WRITE,
-    Advice,
     KernelError,
     Range,
-    advise,
     checked,
+    keep_small,
     map_memory,
     poke,
 )
@@ -72,8 +70,7 @@ class Wilderness:
         flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED
         around = Range(start, there + length - start)
         map_memory(around.len, at=start, flags=flags)
-        with suppress(OSError):  # without transparent huge pages
-            advise(around, Advice.NOHUGEPAGE)
+        keep_small(around)
         poke(start, b"x")
         if fd >= 0:
             map_memory(length, at=there, flags=MAP_SHARED | MAP_FIXED, fd=fd)

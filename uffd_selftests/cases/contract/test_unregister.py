@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from errno import EFAULT, EINVAL, ENOENT, ENOMEM
 from functools import partial
 from signal import SIGBUS
@@ -49,10 +49,10 @@ from uffd_selftests.memory import (
     PAGE_SIZE,
     PROT_READ,
     Advice,
-    KernelError,
     Range,
     advise,
     expect_same,
+    keep_small,
     map_memory,
     peek,
     poke,
@@ -490,8 +490,7 @@ def test_unregister_race(ctx: Context) -> None:
     through the pages before the range makes it arrive in the meantime, one time in three.
     """
     where = ctx.dst.page(LEAD, ctx.nr_pages - LEAD)
-    with suppress(KernelError):  # EINVAL without transparent huge pages
-        advise(ctx.dst.range, Advice.NOHUGEPAGE)
+    keep_small(ctx.dst.range)
     ctx.dst.fill()
     for _ in range(ROUNDS):
         advise(ctx.dst.page(0, LEAD + 1), Advice.DONTNEED)
