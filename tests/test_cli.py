@@ -337,6 +337,19 @@ def test_stdout_is_ktap_only(cli: Starter, suite: SuiteWriter) -> None:
         ]
 
 
+@needs_userfaultfd
+@pytest.mark.parametrize("way", ["", "-n 2"])
+@pytest.mark.parametrize(
+    ("closed", "code", "err"), [("<&-", 0, ""), (">&-", 2, "uffd-selftests: stdout is closed\n"), ("2>&-", 0, "")]
+)
+def test_closed_streams(closed: str, code: int, err: str, way: str) -> None:
+    """Without stdin or stderr a run is as ever, without stdout nobody would hear of it."""
+    call = f"exec {sys.executable} -m uffd_selftests -f api-answer {way} {closed}"
+    run = subprocess.run(["sh", "-c", call], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (code, err)
+    assert ("\nok 1 api-answer\n" in run.stdout) == (code == 0)
+
+
 # ---- interruptions --------------------------------------------------------------------------------------------------
 
 HANGS = """

@@ -102,12 +102,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         split = arguments.index("--")
         arguments, passed = arguments[:split], arguments[split + 1 :]
     args = parser().parse_args(arguments)
-    launcher = _launcher() if _is_plain(args, passed) else None
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            _check_streams()
+            launcher = _launcher(stack) if _is_plain(args, passed) else None  # before anything else loads pytest
+            _check(args, passed)
+        except ValueError as error:
+            print(f"{PROGRAM}: {error}", file=sys.stderr)  # which may be closed, too
+            return EXIT_USAGE
         return _main(args, passed, launcher)
-    finally:
-        if launcher:
-            launcher.close()
 
 
 def _is_plain(args: argparse.Namespace, passed: list[str]) -> bool:
@@ -116,32 +119,34 @@ def _is_plain(args: argparse.Namespace, passed: list[str]) -> bool:
     return not (elsewhere or args.no_isolation or passed)
 
 
-def _launcher() -> Launcher | None:
+def _launcher(stack: contextlib.ExitStack) -> Launcher | None:
     """Start the process that starts the cases while this one is small: pytest is not loaded yet."""
     with contextlib.suppress(OSError):  # the first case will tell
-        return Launcher(Cases(), guarded=[1])  # on which the results are written
+        launcher = Launcher(Cases(), guarded=[1])  # on which the results are written
+        stack.callback(launcher.close)
+        return launcher
     return None
 
 
+def _check(args: argparse.Namespace, passed: list[str]) -> None:
+    """Refuse what cannot be done, and make the folder for reports; raises ValueError."""
+    for each in OPTIONS:
+        each.value(getattr(args, each.name))
+    MAY_HANG_KERNEL.value(None)
+    check_keyword(args.keyword or "")
+    if args.kmsg and not os.access(KMSG, os.W_OK):
+        raise ValueError(f"--kmsg: cannot write to {KMSG}: run as root")
+    _check_probe(args, passed)
+    if not args.kernel and (flags := machine_options(args)):
+        raise ValueError(f"{flags[0]} needs --kernel: it shapes the machine that the kernel is booted in")
+    if args.soak and args.no_isolation:
+        raise ValueError("--soak needs processes for the cases: leave --no-isolation out")
+    if args.output and not args.list:
+        _make_ready(args.output)
+
+
 def _main(args: argparse.Namespace, passed: list[str], launcher: Launcher | None) -> int:
-    try:
-        _check_stdout()
-        for each in OPTIONS:
-            each.value(getattr(args, each.name))
-        MAY_HANG_KERNEL.value(None)
-        check_keyword(args.keyword or "")
-        if args.kmsg and not os.access(KMSG, os.W_OK):
-            raise ValueError(f"--kmsg: cannot write to {KMSG}: run as root")
-        _check_probe(args, passed)
-        if not args.kernel and (flags := machine_options(args)):
-            raise ValueError(f"{flags[0]} needs --kernel: it shapes the machine that the kernel is booted in")
-        if args.soak and args.no_isolation:
-            raise ValueError("--soak needs processes for the cases: leave --no-isolation out")
-        if args.output and not args.list:
-            _make_ready(args.output)
-    except ValueError as error:
-        sys.stderr.write(f"{PROGRAM}: {error}\n")
-        return EXIT_USAGE
+    """Do what was asked for; return the exit code."""
     if args.kernel and not args.list:
         from uffd_selftests.vm import session  # noqa: PLC0415  # most runs do without
 
@@ -157,12 +162,19 @@ def _main(args: argparse.Namespace, passed: list[str], launcher: Launcher | None
     return invocation.run(args, passed, launcher)
 
 
-def _check_stdout() -> None:
-    """Refuse to work for nobody; raises ValueError."""
+def _check_streams() -> None:
+    """Refuse to work for nobody; raises ValueError. Other streams that are closed lead nowhere from now on.
+
+    Else what is opened next would be taken for one of them.
+    """
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115  # open as long as this process is
     try:
         os.fstat(1)
     except OSError:
         raise ValueError("stdout is closed") from None
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # likewise
 
 
 def _check_probe(args: argparse.Namespace, passed: list[str]) -> None:
