@@ -70,6 +70,11 @@ def find(name: str) -> Work:
         elif name == "daemon" and not os.fork():
             os.setsid()
             time.sleep(1000)
+        elif name == "hang beside a daemon":
+            if not os.fork():
+                os.setsid()
+                SHARED[:8] = os.getpid().to_bytes(8, "little")
+            time.sleep(1000)
         elif name == "stop the launcher":
             os.kill(os.getppid(), signal.SIGSTOP)
             time.sleep(1000)
@@ -292,3 +297,16 @@ def test_close_ends_what_runs() -> None:
         launcher.close()
     family = [process for process in proc.processes().values() if process.parent in (os.getpid(), launcher.pid)]
     assert {process.pid for process in family} <= before
+
+
+def test_close_ends_what_runs_ahead() -> None:
+    """While the launcher waits for an order, the end of its channel and SIGTERM come at once; nothing is left then."""
+    for _ in range(10):
+        SHARED[:8] = bytes(8)
+        launcher = Launcher(Jobs())
+        launcher.set_up(None)
+        assert launcher.run(Order("do", 30), Order("hang beside a daemon", 30)).followed
+        while not any(SHARED[:8]):
+            time.sleep(0.001)
+        launcher.close()
+        assert int.from_bytes(SHARED[:8], "little") not in proc.processes()

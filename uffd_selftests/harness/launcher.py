@@ -168,7 +168,10 @@ class _Server:
         except EOFError:
             pass
         finally:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            try:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            except SystemExit:  # SIGTERM comes right behind the end of the channel
+                pass
             self._isolator.close()
 
     def _run(self, order: Order, then: Order | None) -> Ending:
@@ -212,4 +215,5 @@ class _Server:
 
 
 def _leave(number: int, _frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # nothing is to interrupt the clean-up
     raise SystemExit(number)
