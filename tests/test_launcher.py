@@ -104,13 +104,10 @@ class Jobs:
         """Remember them."""
         self._settings = settings
 
-    def ready(self, task: object) -> bool:
-        """Say no to some."""
-        return task != "do later"
-
-    def begin(self, task: object) -> None:
-        """Note it."""
+    def begin(self, task: object, *, early: bool) -> bool:
+        """Note it; say no to some."""
         self._note = f"{task} has begun"
+        return not early or task != "do later"
 
     def find(self, task: object) -> Work:
         """Return the work of this name."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -46,6 +47,11 @@ class Defect:
     """What a user of such a kernel should do."""
     shows: str
     """Regular expression: how the AssertionError that it causes reads. Any other one is a failure."""
+
+    def explains(self, error: BaseException) -> bool:
+        """Whether this is the error that it causes."""
+        text = "\n".join([str(error), *getattr(error, "__notes__", ())])
+        return isinstance(error, AssertionError) and re.search(self.shows, text) is not None
 
 
 @dataclass(frozen=True)

@@ -61,18 +61,19 @@ class HugepageUse:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._before = self._now()
+        counts = self._counts()
+        self.available = counts.available
+        """How many pages nobody had or was promised at first."""
+        self._before = _taken(counts)
 
-    def _now(self) -> tuple[int, int]:
-        """Return how many pages are in use and how many are promised; the size of the pool does not matter."""
-        counts = hugepages(self._size) if self._size else HugepageCounts(0, 0, 0, 0)
-        return counts.total - counts.free, counts.reserved
+    def _counts(self) -> HugepageCounts:
+        return hugepages(self._size) if self._size else HugepageCounts(0, 0, 0, 0)
 
     def lost(self) -> list[str]:
         """Say how many more pages are taken than at first, although no process has any."""
         until = time.monotonic() + PAGES_BACK_SECONDS
         while True:
-            used, reserved = (now - before for now, before in zip(self._now(), self._before, strict=True))
+            used, reserved = (now - before for now, before in zip(_taken(self._counts()), self._before, strict=True))
             if (used <= 0 and reserved <= 0) or proc.hugetlb_users():  # somebody else on this machine
                 return []
             if time.monotonic() > until:
@@ -80,6 +81,11 @@ class HugepageUse:
             time.sleep(0.01)
         lines = {"huge pages not given back": used, "huge pages still reserved": reserved}
         return [f"{count} {what}" for what, count in lines.items() if count > 0]
+
+
+def _taken(counts: HugepageCounts) -> tuple[int, int]:
+    """Return how many pages are in use and how many are promised; the size of the pool does not matter."""
+    return counts.total - counts.free, counts.reserved
 
 
 class KernelLog:

@@ -41,11 +41,8 @@ class Jobs(Protocol):
     def set_up(self, settings: object) -> None:
         """Get ready in the launcher's process, with what set_up was given."""
 
-    def ready(self, task: object) -> bool:
-        """Whether a task may begin although the end of the one before it is not known to anybody yet."""
-
-    def begin(self, task: object) -> None:
-        """Do what is to be done before a task begins."""
+    def begin(self, task: object, *, early: bool) -> bool:
+        """Do what is to be done before a task begins; early, when nobody has asked yet, return whether it may."""
 
     def find(self, task: object) -> Work:
         """Return the work of a task; called in the process that is to do it."""
@@ -168,27 +165,28 @@ class _Server:
         except EOFError:
             pass
         finally:
-            try:
+            try:  # noqa: SIM105  # to make a suppress() would give it time to come before
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
             except SystemExit:  # SIGTERM comes right behind the end of the channel
                 pass
             self._isolator.close()
 
     def _run(self, order: Order, then: Order | None) -> Ending:
-        child = self._working or self._begin(order)
-        self._working = None
+        if not self._working:
+            self._jobs.begin(order.task, early=False)
+            self._working = self._begin(order)
+        child, self._working = self._working, None
         ending = self._isolator.see_through(child, order.deadline)
         self._jobs.end(order.task, ending)
         if self._died and self._died != OOM_KILL:
             ending.leftovers.append(f"the process of the results before was {self._died} while it waited")
         self._resting = child if ending.rests else None
-        if then and ending.how is How.DONE and not ending.leftovers and self._jobs.ready(then.task):
+        if then and ending.how is How.DONE and not ending.leftovers and self._jobs.begin(then.task, early=True):
             self._working = self._begin(then)
             ending.followed = True
         return ending
 
     def _begin(self, order: Order) -> Child:
-        self._jobs.begin(order.task)
         self._died = ""
         child = self._resting or self._take_fresh()
         try:

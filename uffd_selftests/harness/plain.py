@@ -13,7 +13,6 @@ import importlib
 import io
 import linecache
 import os
-import re
 import sys
 import time
 import traceback
@@ -25,7 +24,6 @@ from uffd_selftests.case import ATTRIBUTE
 from uffd_selftests.harness import proc
 from uffd_selftests.harness.gating import area_pages
 from uffd_selftests.harness.health import HugepageUse, KernelLog
-from uffd_selftests.machine import lack_of_hugepages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -149,7 +147,7 @@ def perform(task: Task, describe: Describe | None = None) -> Iterator[object]:
         yield Passed(seconds)
     elif _is_skip(raised):
         yield Skipped(seconds, str(raised))
-    elif task.expected and case.defect and _shows(raised, case.defect.shows):
+    elif task.expected and case.defect and case.defect.explains(raised):
         text = _text(raised)
         raised = None  # with its traceback, and all that it keeps
         yield Expected(seconds, text)
@@ -169,11 +167,6 @@ def _is_skip(error: BaseException) -> bool:
 
     outcomes = sys.modules.get("_pytest.outcomes")
     return isinstance(error, Skip) or (outcomes is not None and isinstance(error, outcomes.Skipped))
-
-
-def _shows(error: BaseException, pattern: str) -> bool:
-    text = "\n".join([str(error), *getattr(error, "__notes__", ())])
-    return isinstance(error, AssertionError) and re.search(pattern, text) is not None
 
 
 def _text(error: BaseException) -> str:
@@ -218,17 +211,13 @@ class Cases:
         self._null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._captures = (_Capture(1, "stdout"), _Capture(2, "stderr"))
 
-    def ready(self, task: object) -> bool:
-        """Whether a case can begin: the kernel has said nothing since this was asked last, there are huge pages."""
+    def begin(self, task: object, *, early: bool) -> bool:
+        """Look how many huge pages are taken; a case may be early while the kernel is silent and has enough of them."""
         assert isinstance(task, Task)
-        if self._log.read() or self._log.unreadable:
+        if early and (self._log.read() or self._log.unreadable):
             return False
-        return not task.hugepages or not lack_of_hugepages(self._hugepage_size, task.hugepages)
-
-    def begin(self, task: object) -> None:
-        """Look how many huge pages are taken."""
-        assert isinstance(task, Task)
         self._pages = HugepageUse(self._hugepage_size if task.hugepages else 0)
+        return self._pages.available >= task.hugepages
 
     def find(self, task: object) -> Work:
         """Make the process ready for a case and return what runs it."""

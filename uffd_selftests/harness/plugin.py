@@ -26,7 +26,7 @@ from uffd_selftests.harness.isolation import end_with
 from uffd_selftests.harness.launcher import Launcher
 from uffd_selftests.harness.plain import make_context
 from uffd_selftests.harness.reporter import Reporter
-from uffd_selftests.harness.results import Planned, declaration
+from uffd_selftests.harness.results import Planned, declaration, skipped_for
 from uffd_selftests.harness.runner import Runner
 from uffd_selftests.harness.settings import Settings, add_options
 from uffd_selftests.harness.steward import TURNS, Steward, hand_in
@@ -136,7 +136,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.extra_keyword_matches.update((case.name, case.result_name(variant, mem)))
     if case and case.defect and not item.config.stash[SETTINGS].strict:
         reason = f"{case.defect.id}: {case.defect.summary}"
-        known = pytest.RaisesExc(AssertionError, match=case.defect.shows)
+        known = pytest.RaisesExc(AssertionError, check=case.defect.explains)
         item.add_marker(pytest.mark.xfail(raises=known, reason=reason, strict=False))
 
 
@@ -243,8 +243,7 @@ def pytest_runtest_makereport(
         call.excinfo = pytest.CallInfo.from_call(lambda: pytest.skip(reason), "call").excinfo
     report = yield
     if reason is not None:
-        path, line, _ = item.reportinfo()
-        report.longrepr = (os.fspath(path), (line or 0) + 1, f"Skipped: {reason}")
+        report.longrepr = skipped_for(item, reason)
     return report
 
 

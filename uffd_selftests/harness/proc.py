@@ -194,7 +194,7 @@ class State:
 
 def _others() -> list[object]:
     status = VOLATILE.sub("", _read("/proc/self/status"))
-    files = [_read(f"/proc/self/{name}") for name in ("cgroup", "oom_score_adj", "timers")]
+    files = [_read(f"/proc/self/{name}") for name in ("cgroup", "oom_score_adj", "coredump_filter", "timers")]
     namespaces = [_link(f"/proc/self/ns/{name}") for name in NAMESPACES]
     limits = [resource.getrlimit(limit) for limit in LIMITS]
     scheduling = [os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0), _libc.prctl(PR_GET_TIMERSLACK)]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -158,6 +159,12 @@ def _outcome(reports: Sequence[pytest.TestReport]) -> tuple[str, str]:
         if report.skipped:
             return "skip", skip_reason(report)
     return "pass", ""
+
+
+def skipped_for(item: pytest.Item, reason: str) -> tuple[str, int, str]:
+    """Return what pytest's report of a skip says: where and why."""
+    path, line, _ = item.reportinfo()
+    return os.fspath(path), (line or 0) + 1, f"Skipped: {reason}"
 
 
 def skip_reason(report: pytest.TestReport) -> str:

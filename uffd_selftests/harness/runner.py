@@ -17,7 +17,7 @@ from uffd_selftests.harness import gating, plain
 from uffd_selftests.harness.health import HugepageUse
 from uffd_selftests.harness.isolation import Ending, How, Isolator, Send
 from uffd_selftests.harness.launcher import Launcher, Order
-from uffd_selftests.harness.results import declaration, place
+from uffd_selftests.harness.results import declaration, place, skipped_for
 from uffd_selftests.machine import lack_of_hugepages
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ class Runner:
         """Runs plain cases."""
         self._together: list[str] = []
         """The results so far of the process that waits in the launcher for the next one."""
-        self._ahead = ""
-        """The nodeid of what the launcher has begun already."""
+        self._ahead: dict[str, Order] = {}
+        """What the launcher has begun already, if anything, by its nodeid."""
         self._shares = settings.sharing
         """Whether a process may run several cases: until the kernel complains, to know which one it means next time."""
         self._following: dict[str, pytest.Item | None] = {}
@@ -105,7 +105,7 @@ class Runner:
         lacking = self._lacking(case, mem)
         needed = 0 if lacking else gating.hugepages_needed(case, mem, self._settings.area_bytes_of(case))
         with self._turn(needed):
-            if item.nodeid == self._ahead:
+            if item.nodeid in self._ahead:
                 pass  # the launcher has looked
             elif needed and (reason := lack_of_hugepages(self._facts.hugepage_size, needed)):
                 lacking = [gating.Missing(gating.HUGEPAGES, reason)]
@@ -200,8 +200,8 @@ class Runner:
                 self._isolator.spare(self._launcher.pid)
         following = self._following[item.nodeid]
         then = self._order(following) if following and self._may_follow(following) else None
-        ending = self._launcher.run(self._order(item), then)
-        self._ahead = following.nodeid if following and ending.followed else ""
+        ending = self._launcher.run(self._ahead.get(item.nodeid) or self._order(item), then)
+        self._ahead = {following.nodeid: then} if following and then and ending.followed else {}
         case, variant, mem = declaration(item)
         assert case
         self._together = [*self._together, case.result_name(variant, mem)] if ending.rests else []
@@ -362,10 +362,8 @@ def _fill_in(item: pytest.Item, ending: Ending, reports: list[pytest.TestReport]
             failure.outcome, failure.longrepr, failure.wasxfail = "skipped", record.text, expectation(item)
             reports.append(failure)
         elif isinstance(record, plain.Skipped):
-            path, line, _ = item.reportinfo()
             skipped = _passed(item, "call", record.seconds)
-            skipped.outcome = "skipped"
-            skipped.longrepr = (os.fspath(path), (line or 0) + 1, f"Skipped: {record.reason}")
+            skipped.outcome, skipped.longrepr = "skipped", skipped_for(item, record.reason)
             reports.append(skipped)
     reports.insert(0, _passed(item, "setup"))
     if ending.how is How.DONE or reports[-1].failed:
