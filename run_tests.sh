@@ -15,16 +15,21 @@ die() {
 }
 
 # What the environment was made from. The built module counts too: builds for other environments replace it.
-fingerprint() {
-    sources=$(cat "$here/pyproject.toml" "$native"/*.[ch] "$native"/*.py "$native"/*.so 2>/dev/null | cksum)
-    echo "$sources $(readlink -f "$venv/bin/python") $here"
+checksum() {
+    cat "$here/pyproject.toml" "$native"/*.[ch] "$native"/*.py "$native"/*.so 2>/dev/null | cksum
 }
 
+# Whether the environment is that of these sources, told by the times at which they changed where that is enough: to read
+# them takes longer than all else that this script does.
 fresh() {
-    made='' made_with=''
-    { read -r made && read -r made_with; } 2>/dev/null <"$stamp" || true
-    [ "$made" = "$(fingerprint)" ] && [ "${PYTHON:-$made_with}" = "$made_with" ] && [ -x "$venv/bin/python" ] &&
-        for extra in $extras; do [ -e "$stamp.$extra" ] || return 1; done
+    made='' interpreter='' place='' made_with=''
+    { read -r made && read -r interpreter && read -r place && read -r made_with; } 2>/dev/null <"$stamp" || true
+    # shellcheck disable=SC3013 # dash, bash, busybox and ksh have -ef
+    [ "$place" = "$here" ] && [ "$venv/bin/python" -ef "$interpreter" ] && [ -x "$venv/bin/python" ] &&
+        [ "${PYTHON:-$made_with}" = "$made_with" ] || return 1
+    for extra in $extras; do [ -e "$stamp.$extra" ] || return 1; done
+    newer=$(find "$here/pyproject.toml" "$native" -maxdepth 1 -type f -cnewer "$stamp" 2>&1)
+    [ -z "$newer" ] || { [ "$made" = "$(checksum)" ] && { touch -c "$stamp" 2>/dev/null || true; }; }
 }
 
 check_interpreter() {
@@ -82,22 +87,24 @@ setup() {
     done
     unfinished
     # The same as in pyproject.toml: a build without isolation can be repeated without network.
-    logged pip "$venv/bin/python" -I -m pip install 'pip>=21.3' 'setuptools>=77' 'cffi>=1.16'
-    logged pip "$venv/bin/python" -I -m pip install --no-build-isolation --editable "$here${wanted:+[$wanted]}"
+    logged pip "$venv/bin/python" -I -m pip install 'pip>=22.1' 'setuptools>=77' 'cffi>=1.16'
+    # As a path: setuptools' finder of modules takes longer to load than half of what --help needs.
+    logged pip "$venv/bin/python" -I -m pip install --no-build-isolation --config-settings editable_mode=compat \
+        --editable "$here${wanted:+[$wanted]}"
     for extra in $extras; do true >"$stamp.$extra"; done
-    printf '%s\n' "$(fingerprint)" "$made_with" >"$stamp"
+    printf '%s\n' "$(checksum)" "$(readlink -f "$venv/bin/python")" "$here" "$made_with" >"$stamp"
 }
 
 self=$0
 [ ! -L "$self" ] || self=$(readlink -f "$self")
 case $self in */*) ;; *) self=./$self ;; esac
 here=$(CDPATH='' cd "${self%/*}/" && pwd -P)
-native=$here/uffd_selftests/native
+native=$here/uffd_selftests/abi/native
 python=${PYTHON:-python3}
 packages="python3-venv python3-dev gcc"
 module=uffd_selftests extras='' # of pyproject.toml
 if [ "${1-}" = --check ]; then
-    module=uffd_selftests.check extras='dev vm'
+    module=uffd_selftests.checks extras='dev vm'
     shift
 else
     export PYTHONSAFEPATH=1
@@ -112,7 +119,7 @@ if [ "$venv" = none ]; then
     for built in "$native"/*.so; do
         [ ! -e "$built" ] || export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
     done
-    "$python" -c 'import importlib.util as u, uffd_selftests.native; u.find_spec("pytest").name' 2>/dev/null ||
+    "$python" -c 'import importlib.util as u, uffd_selftests.abi.native; u.find_spec("pytest").name' 2>/dev/null ||
         die "$python lacks uffd-selftests, cffi or pytest: do without UFFD_VENV=none"
     exec "$python" -m "$module" "$@"
 fi

@@ -25,9 +25,10 @@ from loop import DEADLINE, BenchmarkError
 from upstream import UpstreamError, build_faults
 from workloads import KINDS
 
-from uffd_selftests.harness.interrupts import Interrupted, Signals
-from uffd_selftests.kernel import Facts, no_userfaultfd, probe
-from uffd_selftests.machine import HugepagePool
+from uffd_selftests.command.interrupts import Interrupted, Signals
+from uffd_selftests.machine.facts import Facts, probe
+from uffd_selftests.machine.hugepages import HugepagePool
+from uffd_selftests.machine.requirements import no_userfaultfd
 from uffd_selftests.mem_types import ANON, HUGETLB, HUGETLB_PRIVATE, SHMEM
 
 if TYPE_CHECKING:

@@ -23,9 +23,10 @@ try:
     from loop import BenchmarkError
     from workloads import KINDS, Sample, Workload
 
-    from uffd_selftests.harness.interrupts import Interrupted, Signals
-    from uffd_selftests.kernel import Facts, missing_features, no_userfaultfd, probe
-    from uffd_selftests.machine import HugepagePool, lack_of_hugepages
+    from uffd_selftests.command.interrupts import Interrupted, Signals
+    from uffd_selftests.machine.facts import Facts, probe
+    from uffd_selftests.machine.hugepages import HugepagePool, lack_of_hugepages
+    from uffd_selftests.machine.requirements import missing_features, no_userfaultfd
     from uffd_selftests.mem_types import ALL, MemType
 except ImportError as error:
     root = Path(__file__).resolve().parent.parent

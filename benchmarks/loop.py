@@ -17,7 +17,7 @@ from cffi import FFI
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from uffd_selftests.memory import Range
+    from uffd_selftests.toolkit.memory import Range
 
 HERE = Path(__file__).resolve().parent
 DEADLINE = 60.0 * float(os.environ.get("UFFD_DEADLINE_SCALE") or 1)

@@ -12,16 +12,26 @@ from typing import TYPE_CHECKING, ClassVar
 
 from loop import BenchmarkError, Latencies, touch
 
-from uffd_selftests.common import MINOR, MISSING, WP, Action, FaultHandler, Uffd
+from uffd_selftests.abi.errors import checked
+from uffd_selftests.abi.native import lib
+from uffd_selftests.abi.uapi import (
+    PAGEMAP_SCAN,
+    Feature,
+    PageCategory,
+    PmScanFlag,
+    RegisterMode,
+    page_region,
+    pm_scan_arg,
+)
 from uffd_selftests.mem_types import ALL, ANON, SHARED, Area, Backing, MemType
-from uffd_selftests.memory import Advice, Range, advise, checked, keep_small
-from uffd_selftests.native import lib
-from uffd_selftests.uapi import PAGEMAP_SCAN, Feature, PageCategory, PmScanFlag, RegisterMode, page_region, pm_scan_arg
+from uffd_selftests.toolkit.handle import MINOR, MISSING, WP, Uffd
+from uffd_selftests.toolkit.handler import Action, FaultHandler
+from uffd_selftests.toolkit.memory import Advice, Range, advise, keep_small
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from uffd_selftests.kernel import Facts
+    from uffd_selftests.machine.facts import Facts
 
 
 @dataclass(frozen=True)

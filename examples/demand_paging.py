@@ -21,10 +21,12 @@ import sys
 import threading
 from os import O_NONBLOCK
 
-from uffd_selftests.common import DEFAULT_FLAGS, MISSING, Fault, Uffd
-from uffd_selftests.memory import MAP_ANONYMOUS, MAP_PRIVATE, PAGE_SIZE, Range, mapped, peek, poke
-from uffd_selftests.processes import faulting
-from uffd_selftests.uapi import Feature
+from uffd_selftests.abi.uapi import Feature
+from uffd_selftests.toolkit.access import peek, poke
+from uffd_selftests.toolkit.faulting import faulting
+from uffd_selftests.toolkit.handle import DEFAULT_FLAGS, MISSING, Uffd
+from uffd_selftests.toolkit.memory import MAP_ANONYMOUS, MAP_PRIVATE, PAGE_SIZE, Range, mapped
+from uffd_selftests.toolkit.messages import Fault
 
 NOWHERE_YET = MAP_PRIVATE | MAP_ANONYMOUS
 """How to map a region of zeroes that has no pages until somebody touches them."""

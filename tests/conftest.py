@@ -166,7 +166,7 @@ class SuiteWriter:
             import pytest
             from uffd_selftests.case import Defect, Kind, uffd_case
             from uffd_selftests.mem_types import ALL, ANON, HUGETLB, SHMEM
-            from uffd_selftests.uapi import Feature
+            from uffd_selftests.abi.uapi import Feature
         """
         self.path.write_text(textwrap.dedent(imports) + textwrap.dedent(text))
         return str(self.path)

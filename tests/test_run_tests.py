@@ -103,7 +103,7 @@ class Checkout:
 def checkout(tmp_path: Path) -> Checkout:
     """Return a checkout, in a folder with a space, whose set-up takes no time."""
     checkout = Checkout(tmp_path / "a copy")
-    native = checkout.root / "uffd_selftests" / "native"
+    native = checkout.root / "uffd_selftests" / "abi" / "native"
     native.mkdir(parents=True)
     shutil.copy(ROOT / "run_tests.sh", checkout.root)
     shutil.copy(ROOT / "pyproject.toml", checkout.root)
@@ -202,8 +202,8 @@ def test_environment_elsewhere_by_relative_name(checkout: Checkout) -> None:
 
 def test_no_environment(checkout: Checkout) -> None:
     """UFFD_VENV=none takes the interpreter as it is."""
-    (checkout.root / "uffd_selftests" / "native" / "__init__.py").touch()
-    (checkout.root / "uffd_selftests" / "native" / "_native.so").touch()
+    (checkout.root / "uffd_selftests" / "abi" / "native" / "__init__.py").touch()
+    (checkout.root / "uffd_selftests" / "abi" / "native" / "_native.so").touch()
     result = checkout.run(*OPTIONS, UFFD_VENV="none")
     assert checkout.calls() == ["run"]
     assert result.stdout.splitlines()[1:] == ["-m", "uffd_selftests", *OPTIONS]
@@ -222,7 +222,7 @@ def test_check(ready: Checkout) -> None:
     result = ready.run("--check")
     assert f"--editable {ready.root}[dev,vm]\n" in ready.log.read_text()
     assert ready.calls() == ["pip", "pip", "run"]
-    assert result.stdout.splitlines()[1:] == ["-I", "-m", "uffd_selftests.check"]
+    assert result.stdout.splitlines()[1:] == ["-I", "-m", "uffd_selftests.checks"]
     for arguments in (["--check"], []):
         ready.run(*arguments)
         assert ready.calls() == ["run"]
@@ -251,7 +251,9 @@ def test_argument_for_pytest(ready: Checkout) -> None:
 # ---- what is out of date -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["pyproject.toml", "uffd_selftests/native/uffd.c", "uffd_selftests/native/_native.so"])
+@pytest.mark.parametrize(
+    "path", ["pyproject.toml", "uffd_selftests/abi/native/uffd.c", "uffd_selftests/abi/native/_native.so"]
+)
 def test_changed_source(ready: Checkout, path: str) -> None:
     """A changed source is built again; so is a module that a build for another environment replaced."""
     with (ready.root / path).open("a") as file:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, TypeVar
 
-from uffd_selftests.uapi import Feature
+from uffd_selftests.abi.uapi import Feature
 
 if TYPE_CHECKING:
-    from uffd_selftests.common import Context
     from uffd_selftests.mem_types import MemType
+    from uffd_selftests.toolkit.context import Context
 
 F = TypeVar("F", bound=Callable[..., None])
 ContextHook = Callable[["Context"], None]
@@ -67,7 +67,7 @@ class Case:
     features: Feature = Feature(0)
     """Feature bits the case enables; the kernel must offer them all."""
     needs: tuple[str, ...] = ()
-    """Whatever else must be there: names from ``uffd_selftests.kernel.REQUIREMENTS``."""
+    """Whatever else must be there: names from REQUIREMENTS of machine/requirements.py."""
     pages: int | None = None
     """Pages of the source and of the destination area; None is the run's default area size (32 MiB)."""
     spare_hugepages: int = 0
@@ -140,3 +140,11 @@ def uffd_case(
         return function
 
     return declare
+
+
+def first_sentence(docstring: str | None) -> str:
+    """Return the first sentence of a docstring in one line."""
+    paragraph = (docstring or "").strip().partition("\n\n")[0]
+    text = " ".join(paragraph.split())
+    sentence, dot, _ = text.partition(". ")
+    return sentence + dot.strip()

@@ -9,21 +9,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import gc
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uffd_selftests import __version__
-from uffd_selftests.harness.health import KMSG
-from uffd_selftests.harness.launcher import Launcher
-from uffd_selftests.harness.plain import Cases
+from uffd_selftests.command.program import EXIT_USAGE, PROGRAM, Parser
 from uffd_selftests.harness.settings import FILES, MAY_HANG_KERNEL, OPTIONS, STRESS_LOG, check_keyword, duration
-from uffd_selftests.program import EXIT_USAGE, PROGRAM, Parser
+from uffd_selftests.machine.facts import KMSG
 from uffd_selftests.vm.options import add_options, machine_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from uffd_selftests.harness.launcher import Launcher
+    from uffd_selftests.harness.launchpad import Launchpad
 
 FORMATS = ("junit", "kcidb", "summary")
 """The commands that make other formats of results (docs/ci.md)."""
@@ -105,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         try:
             _check_streams()
-            launcher = _launcher(stack) if _is_plain(args, passed) else None  # before anything else loads pytest
+            _set_scale(args)
+            launcher = _launcher(args, stack) if _is_plain(args, passed) else None  # before anything else loads pytest
             _check(args, passed)
         except ValueError as error:
             print(f"{PROGRAM}: {error}", file=sys.stderr)  # which may be closed, too
@@ -113,16 +116,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _main(args, passed, launcher)
 
 
+def _set_scale(args: argparse.Namespace) -> None:
+    """Tell common.py, which the launcher is about to load, how long everything may take; raises ValueError."""
+    scale = next(each for each in OPTIONS if each.name == "deadline_scale")
+    os.environ[scale.variable] = f"{scale.value(args.deadline_scale):g}"
+
+
 def _is_plain(args: argparse.Namespace, passed: list[str]) -> bool:
-    """Whether this process is to run cases, one after the other, and only to tell of them what every report tells."""
-    elsewhere = args.list or args.probe or args.kernel or args.soak or args.workers != "0"
+    """Whether this run has cases run here, and only tells of them what every report tells."""
+    elsewhere = args.list or args.probe or args.kernel or args.soak
     return not (elsewhere or args.no_isolation or passed)
 
 
-def _launcher(stack: contextlib.ExitStack) -> Launcher | None:
-    """Start the process that starts the cases while this one is small: pytest is not loaded yet."""
+def _launcher(args: argparse.Namespace, stack: contextlib.ExitStack) -> Launcher | Launchpad | None:
+    """Start the process that starts the cases, or those that do, while this one is small: without pytest."""
+    from uffd_selftests.harness.launcher import Launcher  # noqa: PLC0415  # --help does without
+    from uffd_selftests.harness.launchpad import Launchpad  # noqa: PLC0415
+    from uffd_selftests.harness.plain import Cases  # noqa: PLC0415
+
+    guarded = [1]  # on which the results are written
     with contextlib.suppress(OSError):  # the first case will tell
-        launcher = Launcher(Cases(), guarded=[1])  # on which the results are written
+        if args.workers == "0":
+            launcher: Launcher | Launchpad = Launcher.start(Cases(), guarded)
+        else:
+            launcher = Launchpad(Cases(), guarded)
         stack.callback(launcher.close)
         return launcher
     return None
@@ -133,7 +150,8 @@ def _check(args: argparse.Namespace, passed: list[str]) -> None:
     for each in OPTIONS:
         each.value(getattr(args, each.name))
     MAY_HANG_KERNEL.value(None)
-    check_keyword(args.keyword or "")
+    if args.keyword:
+        check_keyword(args.keyword)
     if args.kmsg and not os.access(KMSG, os.W_OK):
         raise ValueError(f"--kmsg: cannot write to {KMSG}: run as root")
     _check_probe(args, passed)
@@ -145,14 +163,16 @@ def _check(args: argparse.Namespace, passed: list[str]) -> None:
         _make_ready(args.output)
 
 
-def _main(args: argparse.Namespace, passed: list[str], launcher: Launcher | None) -> int:
+def _main(args: argparse.Namespace, passed: list[str], launcher: Launcher | Launchpad | None) -> int:
     """Do what was asked for; return the exit code."""
+    if args.kernel or args.soak or args.probe:
+        gc.enable()
     if args.kernel and not args.list:
         from uffd_selftests.vm import session  # noqa: PLC0415  # most runs do without
 
         return session.main(args, passed)
     if args.soak and not args.list:
-        from uffd_selftests import soak  # noqa: PLC0415  # most runs do without
+        from uffd_selftests.soak import command as soak  # noqa: PLC0415  # most runs do without
 
         return soak.main(args, passed)
     if args.probe:
@@ -189,7 +209,6 @@ def _check_probe(args: argparse.Namespace, passed: list[str]) -> None:
 def _probe(args: argparse.Namespace) -> int:
     """Say what the kernel can do."""
     values = {each.name: each.value(getattr(args, each.name)) for each in OPTIONS}
-    os.environ["UFFD_DEADLINE_SCALE"] = f"{values['deadline_scale']:g}"  # uffd_selftests.common reads it
     from uffd_selftests.probe import command  # noqa: PLC0415  # which loads that
 
     return command.main(as_json=args.json, area_bytes=values["area_mib"] << 20)

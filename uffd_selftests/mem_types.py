@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
-from uffd_selftests.memory import (
+from uffd_selftests.abi.errors import KernelError
+from uffd_selftests.toolkit.contents import Pattern, expect_bytes
+from uffd_selftests.toolkit.memory import (
     MAP_ANONYMOUS,
     MAP_FIXED,
     MAP_NORESERVE,
@@ -19,14 +21,31 @@ from uffd_selftests.memory import (
     PAGE_SIZE,
     PROT_NONE,
     Advice,
-    KernelError,
-    Pattern,
     Range,
     advise,
-    expect_bytes,
     map_memory,
     unmap,
 )
+
+__all__ = [
+    "Backing",
+    "default_hugepage_size",
+    "pmd_size",
+    "POPULATE_PAGES",
+    "MemType",
+    "ANON",
+    "SHMEM",
+    "SHMEM_PRIVATE",
+    "HUGETLB",
+    "HUGETLB_PRIVATE",
+    "ALL",
+    "NOT_HUGETLB",
+    "EACH_HUGETLB",
+    "FILE_BACKED",
+    "SHARED",
+    "PRIVATE",
+    "Area",
+]
 
 
 class Backing(Enum):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Tests that misbehave in every way a case may. Not collected by itself; tests/test_isolation.py runs it."""
+"""Tests that misbehave in every way a case may. Not collected by itself; tests/harness/test_isolation.py runs it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
-from uffd_selftests.common import MISSING, Skip, Uffd
+from uffd_selftests.abi.uapi import Feature
 from uffd_selftests.mem_types import ANON
-from uffd_selftests.memory import Advice, advise, touch
-from uffd_selftests.uapi import Feature
+from uffd_selftests.toolkit.access import touch
+from uffd_selftests.toolkit.expectations import Skip
+from uffd_selftests.toolkit.handle import MISSING, Uffd
+from uffd_selftests.toolkit.memory import Advice, advise
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from uffd_selftests.memory import Range
+    from uffd_selftests.toolkit.memory import Range
 
 
 def unresolved() -> tuple[Uffd, Range]:

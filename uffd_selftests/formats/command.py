@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from uffd_selftests.command.program import EXIT_OK, EXIT_USAGE, PROGRAM, Parser
 from uffd_selftests.formats import junit, kcidb, summary
-from uffd_selftests.program import EXIT_OK, EXIT_USAGE, PROGRAM, Parser
 from uffd_selftests.report.command import load_argument
 from uffd_selftests.report.model import tell_apart
 

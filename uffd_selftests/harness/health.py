@@ -11,18 +11,20 @@ import errno
 import os
 import re
 import time
-from importlib import resources
+from pathlib import Path
 
 from uffd_selftests.harness import proc
-from uffd_selftests.machine import HugepageCounts, hugepages
+from uffd_selftests.machine.facts import KMSG
+from uffd_selftests.machine.hugepages import HugepageCounts, hugepages
 
-KMSG = "/dev/kmsg"
 TAINTED = "/proc/sys/kernel/tainted"
 
 TAINTS = "PFSRMBUDAWCIOELKXTNJ"
 """The letters of the taint flags, lowest bit first."""
 DEFECT_TAINTS = "MBDWL"
 """Flags that come from a defect: machine check, bad page, oops, warning, lockup. The others come from modules."""
+
+RULES = Path(__file__).with_name("health_patterns.txt")
 
 MAX_COMPLAINT_LINES = 20
 
@@ -49,7 +51,7 @@ class Patterns:
     @classmethod
     def load(cls) -> Patterns:
         """Return the rules that come with the package."""
-        return cls(resources.files(__package__).joinpath("health_patterns.txt").read_text())
+        return cls(RULES.read_text())
 
     def complains(self, text: str) -> bool:
         """Whether one record of the log is a complaint."""

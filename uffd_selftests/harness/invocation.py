@@ -12,23 +12,31 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from uffd_selftests.command.program import EXIT_FAILED, EXIT_NOTHING, EXIT_OK, EXIT_USAGE, PROGRAM
 from uffd_selftests.harness.settings import MAY_HANG_KERNEL, OPTIONS
-from uffd_selftests.program import EXIT_FAILED, EXIT_NOTHING, EXIT_OK, EXIT_USAGE, PROGRAM
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
     from uffd_selftests.harness.launcher import Launcher
+    from uffd_selftests.harness.launchpad import Launchpad
 
 PACKAGE = Path(__file__).resolve().parent.parent
 CASES = PACKAGE / "cases"
+
+UNUSED = (
+    *("cacheprovider", "doctest", "faulthandler", "junitxml", "legacypath", "logging", "monkeypatch", "pastebin"),
+    *("recwarn", "setuponly", "setupplan", "stepwise", "subtests", "terminal", "threadexception", "tmpdir", "unittest"),
+    *("unraisableexception", "warnings"),
+)
+"""pytest's plugins that the suite's own cases do without: each takes time to load, some at every case."""
 
 OUTPUT_TAIL = 20
 """How many lines of pytest's own output are shown when pytest gives up."""
 
 
-def run(args: argparse.Namespace, passed: list[str], launcher: Launcher | None) -> int:
+def run(args: argparse.Namespace, passed: list[str], launcher: Launcher | Launchpad | None) -> int:
     """Run pytest in this process and translate its end into an exit code; the launcher is for it to use."""
     # Somebody else's pytest configuration must not change what is tested.
     for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS"):
@@ -93,9 +101,8 @@ def _pytest_arguments(args: argparse.Namespace, passed: list[str], ktap_fd: int)
         if args.data_only:
             yield "--report-data-only"
     if not passed:
-        yield from ("--progress", "--tb=no", "--assert=plain")  # the launcher knows nothing of pytest's asserts
-        # Each of them costs every case.
-        for name in ("cacheprovider", "logging", "threadexception", "unraisableexception", "warnings"):
+        yield from ("--progress", "--assert=plain")  # the launcher knows nothing of pytest's asserts
+        for name in UNUSED:
             yield from ("-p", f"no:{name}")
     if not paths:
         yield from args.case_file or [str(CASES)]
@@ -110,7 +117,7 @@ def _path(argument: str) -> Path | None:
 class _Witness:
     """A pytest plugin that hands over what there is already, and remembers what is asked for afterwards."""
 
-    def __init__(self, launcher: Launcher | None) -> None:
+    def __init__(self, launcher: Launcher | Launchpad | None) -> None:
         self._launcher = launcher
         self.config: pytest.Config | None = None
         self.broken = ""

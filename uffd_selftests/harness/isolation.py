@@ -31,11 +31,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import partial
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from typing import Protocol
 
 from uffd_selftests.harness import proc
+from uffd_selftests.harness.channel import Channel, one_way
 
 
 class Send(Protocol):
@@ -153,11 +152,11 @@ class Isolator:
 
     def prepare(self, find: Callable[[object], Work]) -> Child:
         """Fork a child for work that will be known later; find is called in the child with what begin is told."""
-        theirs, ours = Pipe(duplex=False)
+        theirs, ours = one_way()
 
         def take() -> Order:
             ours.close()
-            task, deadline, may_rest = theirs.recv()
+            task, deadline, may_rest = theirs.receive()
             return find(task), deadline, may_rest
 
         child = self._fork(take)
@@ -211,7 +210,7 @@ class Isolator:
             os.close(reports)
             try:
                 # One that has been closed since may have lent its number to the child's own descriptors.
-                orders = [child.orders.fileno() for child in self._own.values() if child.orders]
+                orders = [fd for child in self._own.values() if child.orders for fd in child.orders.descriptors]
                 _settle(parent, {*self._guarded, *orders} - {sink, notes})
                 faulthandler.enable(file=notes)
                 before = None
@@ -277,7 +276,7 @@ class Child:
     reaped: bool = False
     rests: bool = False
     """Whether it is done and waits for more."""
-    orders: Connection | None = None
+    orders: Channel | None = None
     """Where to tell it what to do, if it was prepared."""
     begun: float = field(default_factory=time.monotonic)
     """When it was told."""
@@ -478,22 +477,27 @@ def _unpack(data: bytes | bytearray) -> tuple[list[tuple[_Tag, object]], bool]:
     return messages, len(rest) > 0
 
 
-def kill(pid: int, until: float, number: int = signal.SIGKILL) -> bool:
-    """Send a signal to a child of this process and reap it; False when it does not die in time."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except OSError:
-        return True
-    try:
-        with contextlib.suppress(OSError):
-            signal.pidfd_send_signal(pidfd, number)
-        if not select.select([pidfd], [], [], max(0, until - time.monotonic()))[0]:
-            return False
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, 0)
-        return True
-    finally:
-        os.close(pidfd)
+def kill(pid: int, until: float, number: int = signal.SIGKILL, *, pidfd: int | None = None) -> bool:
+    """Send a signal to a process, and reap it if it is a child of this one; False when it does not die in time.
+
+    With the pidfd of one that is none, whose ID may be somebody else's by now.
+    """
+    if pidfd is None:
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            return True
+        try:
+            return kill(pid, until, number, pidfd=pidfd)
+        finally:
+            os.close(pidfd)
+    with contextlib.suppress(OSError):
+        signal.pidfd_send_signal(pidfd, number)
+    if not select.select([pidfd], [], [], max(0, until - time.monotonic()))[0]:
+        return False
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, 0)
+    return True
 
 
 def _talking_descriptors() -> list[int]:

@@ -15,15 +15,14 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
-from multiprocessing import Pipe
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from uffd_selftests.harness import proc
+from uffd_selftests.harness.channel import Channel, two_way
 from uffd_selftests.harness.isolation import Ending, How, Isolator, end_with, fork, kill
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from multiprocessing.connection import Connection
 
     from uffd_selftests.harness.isolation import Child, Work
 
@@ -38,6 +37,9 @@ CLOSE_SECONDS = 15.0
 class Jobs(Protocol):
     """What a launcher does not know about the tasks that it is given, which are plain data."""
 
+    def preload(self) -> None:
+        """Load what all tasks need, while nobody has said anything yet."""
+
     def set_up(self, settings: object) -> None:
         """Get ready in the launcher's process, with what set_up was given."""
 
@@ -47,8 +49,8 @@ class Jobs(Protocol):
     def find(self, task: object) -> Work:
         """Return the work of a task; called in the process that is to do it."""
 
-    def begun(self, task: object) -> None:
-        """Do what there is time for while a task runs."""
+    def get_ready(self, task: object) -> None:
+        """Do what there is time for while a task runs, for what is forked next: for this task, or what comes then."""
 
     def end(self, task: object, ending: Ending) -> None:
         """Complete what is told of the end of a task."""
@@ -61,33 +63,38 @@ class Order:
     task: object
     deadline: float
     """In seconds from its begin."""
+    apart: bool = False
+    """The process of the order before does not do it, although it may wait for more."""
     more: bool = False
-    """Its process does the next order as well, if this one went well and has left it as it was."""
+    """Its process waits for the next order, if this one went well and has left it as it was."""
 
 
 class Launcher:
     """Runs tasks one after the other, as Isolator.run does."""
 
-    def __init__(self, jobs: Jobs, guarded: Iterable[int] = ()) -> None:
-        """Start the process; nobody in it or below it may write to guarded."""
-        self._channel, theirs = Pipe()
+    def __init__(self, channel: Channel, pid: int) -> None:
+        """Take over a process that serves the other end of a channel."""
+        self.pid = pid
+        self._channel = channel
+        self._pidfd = os.pidfd_open(pid)
+        self._answers = select.poll()
+        self._answers.register(channel.fileno(), select.POLLIN)
+        self.alive = True
+        """False when it died on its own: it is of no use then."""
+
+    @classmethod
+    def start(cls, jobs: Jobs, guarded: Iterable[int] = ()) -> Launcher:
+        """Start the process, as a child of this one; nobody in it or below it may write to guarded."""
+        channel, theirs = two_way()
         parent = os.getpid()
         sys.stdout.flush()
         sys.stderr.flush()
-        self.pid = fork()
-        if not self.pid:
-            status = 1
-            try:
-                self._channel.close()
-                _Server(theirs, jobs, [*guarded, theirs.fileno()], parent).serve()
-                status = 0
-            finally:
-                os._exit(status)
+        pid = fork()
+        if not pid:
+            channel.close()
+            serve(theirs, jobs, guarded, parent)
         theirs.close()
-        self._answers = select.poll()
-        self._answers.register(self._channel.fileno(), select.POLLIN)
-        self.alive = True
-        """False when it died on its own: it is of no use then."""
+        return cls(channel, pid)
 
     def set_up(self, settings: object) -> None:
         """Tell it once, before it runs anything, what Jobs.set_up is to know."""
@@ -104,7 +111,7 @@ class Launcher:
         with contextlib.suppress(OSError, EOFError):
             self._channel.send((order, then))
             if self._answers.poll((order.deadline + LATE_SECONDS) * 1000):
-                ending: Ending = self._channel.recv()
+                ending: Ending = self._channel.receive()
                 return ending
         self.alive = False
         seconds = time.monotonic() - started
@@ -118,17 +125,29 @@ class Launcher:
 
     def close(self) -> None:
         """End the process, and through it what it runs; once."""
-        if self._channel.closed:
+        if self._pidfd < 0:
             return
         self._channel.close()
-        if not kill(self.pid, time.monotonic() + CLOSE_SECONDS, signal.SIGTERM):
-            kill(self.pid, time.monotonic() + CLOSE_SECONDS)
+        if not kill(self.pid, time.monotonic() + CLOSE_SECONDS, signal.SIGTERM, pidfd=self._pidfd):
+            kill(self.pid, time.monotonic() + CLOSE_SECONDS, pidfd=self._pidfd)
+        os.close(self._pidfd)
+        self._pidfd = -1
+
+
+def serve(channel: Channel, jobs: Jobs, guarded: Iterable[int], parent: int) -> NoReturn:
+    """Be a launcher, in a process that was forked for it by its parent, and end with it."""
+    status = 1
+    try:
+        _Server(channel, jobs, [*guarded, *channel.descriptors], parent).serve()
+        status = 0
+    finally:
+        os._exit(status)
 
 
 class _Server:
     """What the launcher's process does."""
 
-    def __init__(self, channel: Connection, jobs: Jobs, guarded: Iterable[int], parent: int) -> None:
+    def __init__(self, channel: Channel, jobs: Jobs, guarded: Iterable[int], parent: int) -> None:
         os.setpgid(0, 0)
         signal.signal(signal.SIGTERM, _leave)
         end_with(parent, signal.SIGTERM)  # not SIGKILL: what a case has started would be left behind
@@ -147,8 +166,9 @@ class _Server:
 
     def serve(self) -> None:
         """Run what is asked for until nobody asks any more or SIGTERM comes."""
+        self._jobs.preload()
         try:
-            self._jobs.set_up(self._channel.recv())
+            self._jobs.set_up(self._channel.receive())
         except EOFError:
             return
         self._isolator = Isolator()
@@ -158,7 +178,8 @@ class _Server:
             while True:
                 if not self._fresh:
                     self._fresh = self._isolator.prepare(self._jobs.find)
-                if orders := self._channel.recv():
+                orders = self._channel.receive()
+                if isinstance(orders, tuple):
                     self._channel.send(self._run(*orders))
                 else:
                     self._dismiss()
@@ -176,6 +197,10 @@ class _Server:
             self._jobs.begin(order.task, early=False)
             self._working = self._begin(order)
         child, self._working = self._working, None
+        for task in (order.task, *([then.task] if then else [])):
+            self._jobs.get_ready(task)
+        if self._early and not self._fresh:
+            self._fresh = self._isolator.prepare(self._jobs.find)
         ending = self._isolator.see_through(child, order.deadline)
         self._jobs.end(order.task, ending)
         if self._died and self._died != OOM_KILL:
@@ -188,6 +213,9 @@ class _Server:
 
     def _begin(self, order: Order) -> Child:
         self._died = ""
+        if self._resting and order.apart:
+            self._isolator.end(self._resting)
+            self._resting = None
         child = self._resting or self._take_fresh()
         try:
             child.begin(order.task, order.deadline, may_rest=order.more)
@@ -196,9 +224,6 @@ class _Server:
             child = self._take_fresh()
             child.begin(order.task, order.deadline, may_rest=order.more)
         self._resting = None
-        self._jobs.begun(order.task)
-        if self._early and not self._fresh:
-            self._fresh = self._isolator.prepare(self._jobs.find)
         return child
 
     def _take_fresh(self) -> Child:

@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,12 +27,12 @@ from uffd_selftests.harness.gating import area_pages
 from uffd_selftests.harness.health import HugepageUse, KernelLog
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from uffd_selftests.case import Case
-    from uffd_selftests.common import Context
     from uffd_selftests.harness.isolation import Ending, Send, Work
     from uffd_selftests.mem_types import MemType
+    from uffd_selftests.toolkit.context import Context
 
 GIVEN = {"ctx", "mem", "variant"}
 """What a plain case can take."""
@@ -116,7 +117,7 @@ Describe = Callable[[str, BaseException], dict[str, Any]]
 
 def make_context(case: Case, mem: MemType, area_bytes: int) -> Context:
     """Return the context that a case declares, not entered yet."""
-    from uffd_selftests.common import Context  # noqa: PLC0415  # loaded by the case already
+    from uffd_selftests.toolkit.context import Context  # noqa: PLC0415  # loaded by the case already
 
     return Context(
         mem,
@@ -127,19 +128,27 @@ def make_context(case: Case, mem: MemType, area_bytes: int) -> Context:
     )
 
 
+def arguments(
+    stack: ExitStack, case: Case, names: Iterable[str], *, variant: str | None, mem: MemType | None, area_bytes: int
+) -> dict[str, object]:
+    """Return what a case takes; its context is entered on the stack."""
+    given: dict[str, object] = {"variant": variant, "mem": mem}
+    if mem and "ctx" in names:
+        given["ctx"] = stack.enter_context(make_context(case, mem, area_bytes))
+    return {name: given[name] for name in names}
+
+
 def perform(task: Task, describe: Describe | None = None) -> Iterator[object]:
     """Call a plain case and yield what became of it; of a failure also pytest's report, if somebody makes one."""
     function: Callable[..., None] = getattr(importlib.import_module(task.module), task.function)
     case: Case = getattr(function, ATTRIBUTE)
     mem = next((mem for mem in case.mem if mem.name == task.mem), None)
-    arguments: dict[str, object] = {"variant": task.variant, "mem": mem}
     raised: BaseException | None = None
     started = time.perf_counter()
     try:
-        with contextlib.ExitStack() as stack:
-            if mem and "ctx" in task.arguments:
-                arguments["ctx"] = stack.enter_context(make_context(case, mem, task.area_bytes))
-            function(**{name: arguments[name] for name in task.arguments})
+        with ExitStack() as stack:
+            given = arguments(stack, case, task.arguments, variant=task.variant, mem=mem, area_bytes=task.area_bytes)
+            function(**given)
     except BaseException as error:
         raised = error
     seconds = time.perf_counter() - started
@@ -163,7 +172,7 @@ def perform(task: Task, describe: Describe | None = None) -> Iterator[object]:
 
 def _is_skip(error: BaseException) -> bool:
     """Whether an exception says that the case cannot run here."""
-    from uffd_selftests.common import Skip  # noqa: PLC0415  # loaded by the case already
+    from uffd_selftests.toolkit.expectations import Skip  # noqa: PLC0415  # loaded by the case already
 
     outcomes = sys.modules.get("_pytest.outcomes")
     return isinstance(error, Skip) or (outcomes is not None and isinstance(error, outcomes.Skipped))
@@ -196,13 +205,18 @@ class Cases:
     def __init__(self, describe: Describe | None = None) -> None:
         self._describe = describe
 
+    def preload(self) -> None:
+        """Load what all cases need."""
+        importlib.import_module("uffd_selftests.common")
+        gc.freeze()
+        gc.enable()
+
     def set_up(self, settings: object) -> None:
-        """Take over from pytest's process what cases can see of it, and load what they all need."""
+        """Take over from pytest's process what cases can see of it."""
         assert isinstance(settings, Setting)
         os.environ.clear()
         os.environ.update(settings.environ)
         sys.path[:] = settings.path
-        importlib.import_module("uffd_selftests.common")
         self._hugepage_size = settings.hugepage_size
         self._pages = HugepageUse(0)
         self._log = KernelLog()
@@ -241,8 +255,8 @@ class Cases:
                 well = True
         return well
 
-    def begun(self, task: object) -> None:
-        """Load the module of a case, for what is forked next; what is wrong with it, the case will tell."""
+    def get_ready(self, task: object) -> None:
+        """Load the module of a case; what is wrong with it, the case will tell."""
         assert isinstance(task, Task)
         if task.module not in sys.modules:
             with contextlib.suppress(Exception):

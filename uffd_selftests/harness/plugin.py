@@ -12,35 +12,36 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from uffd_selftests import kernel
-from uffd_selftests.bugs import known_bugs
-from uffd_selftests.case import ATTRIBUTE, Case, Kind
-from uffd_selftests.harness.interrupts import Signals
+from uffd_selftests.case import ATTRIBUTE, Case
+from uffd_selftests.command.interrupts import Signals
+from uffd_selftests.harness import items
 from uffd_selftests.harness.isolation import end_with
+from uffd_selftests.harness.items import SETTINGS, CaseFile, CaseItem
 from uffd_selftests.harness.launcher import Launcher
+from uffd_selftests.harness.launchpad import Launchpad
 from uffd_selftests.harness.plain import make_context
 from uffd_selftests.harness.reporter import Reporter
 from uffd_selftests.harness.results import Planned, declaration, skipped_for
 from uffd_selftests.harness.runner import Runner
 from uffd_selftests.harness.settings import Settings, add_options
 from uffd_selftests.harness.steward import TURNS, Steward, hand_in
+from uffd_selftests.machine.facts import Facts
 
 if TYPE_CHECKING:
-    from uffd_selftests.common import Context
     from uffd_selftests.mem_types import MemType
+    from uffd_selftests.toolkit.context import Context
 
-SETTINGS = pytest.StashKey[Settings]()
 SIGNALS = pytest.StashKey[Signals]()
 REPORTER = pytest.StashKey[Reporter]()
 STEWARD = pytest.StashKey[Steward]()
-FACTS = pytest.StashKey[kernel.Facts]()
-LAUNCHER = pytest.StashKey[Launcher]()
+FACTS = pytest.StashKey[Facts]()
+LAUNCHER = pytest.StashKey[Launcher | Launchpad]()
 """Given by whoever had one started before pytest."""
 
 
@@ -71,10 +72,10 @@ def _is_worker(config: pytest.Config) -> bool:
 
 def _be_worker(config: pytest.Config, settings: Settings, given: dict[str, Any]) -> None:
     end_with(os.getppid(), signal.SIGTERM)  # xdist's worker would notice only when it next reports
-    facts = config.stash[FACTS] = kernel.Facts.from_dict(given["facts"])
+    facts = config.stash[FACTS] = Facts.from_dict(given["facts"])
     turns = Path(given["folder"]) / TURNS
     number = int(config.workerinput["workerid"].removeprefix("gw"))  # type: ignore[attr-defined]
-    _register(config, Runner(settings, facts, turns=turns, cpu=number))
+    _register(config, Runner(settings, facts, turns=turns, cpu=number, launchpad=given["launchpad"]))
 
 
 def _be_first(config: pytest.Config, settings: Settings, signals: Signals) -> None:
@@ -82,12 +83,14 @@ def _be_first(config: pytest.Config, settings: Settings, signals: Signals) -> No
     if settings.ktap_fd is not None or settings.folder:
         reporter = config.stash[REPORTER] = Reporter(settings, signals)
         _register(config, reporter)
+    launcher = config.stash.get(LAUNCHER, None)
     steward = config.stash[STEWARD] = Steward(config, settings, signals, reporter)
+    if isinstance(launcher, Launchpad):
+        steward.launchpad, launcher = launcher.address, None
     config.stash[FACTS] = steward.facts
     _register(config, steward)
     if config.getoption("dist", "no") == "no":
         guarded = reporter.descriptors if reporter else ()
-        launcher = config.stash.get(LAUNCHER, None)
         _register(config, Runner(settings, steward.facts, health=steward.health, guarded=guarded, launcher=launcher))
 
 
@@ -111,18 +114,37 @@ def pytest_collection() -> Generator[None, object, object]:
             gc.enable()
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not load a file in which no case can pass the filters."""
+    settings = config.stash[SETTINGS]
+    if settings.filters and collection_path.suffix == ".py" and not items.may_match(collection_path, settings):
+        return True
+    return None
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> CaseFile:
+    """Collect files of plain cases in a way that is faster."""
+    return CaseFile.from_parent(parent, path=module_path)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pycollect_makeitem(
+    collector: pytest.Module | pytest.Class, name: str, obj: Callable[..., None]
+) -> list[CaseItem] | None:
+    """Multiply a plain case by its variants and its memory types; leave all else to pytest."""
+    if not isinstance(getattr(obj, ATTRIBUTE, None), Case) or not isinstance(collector, CaseFile):
+        return None
+    if not collector.istestfunction(obj, name):
+        return None
+    return items.make(collector, name, obj, collector.config.stash[SETTINGS])
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Multiply a case by its variants and its memory types."""
     case = getattr(metafunc.function, ATTRIBUTE, None)
     if not isinstance(case, Case):
         return
-    for name, values in (("variant", case.variants), ("mem", case.mem)):
-        if bool(values) != (name in metafunc.fixturenames):
-            problem = "is declared but not taken" if values else "is taken but not declared"
-            raise pytest.Collector.CollectError(f"case {case.name}: {name} {problem} by {metafunc.function.__name__}")
-    for what, named, there in ("requirement", case.needs, kernel.REQUIREMENTS), ("bug", case.bugs, known_bugs()):
-        if unknown := [str(each) for each in named if each not in there]:
-            raise pytest.Collector.CollectError(f"case {case.name}: there is no {what} {', '.join(unknown)}")
+    items.check(case, metafunc.function.__name__, metafunc.fixturenames)
     if case.variants:
         metafunc.parametrize("variant", case.variants, ids=str)
     if case.mem:
@@ -155,12 +177,11 @@ def _may_hang_kernel(item: pytest.Item) -> bool:
 
 
 def _wanted(item: pytest.Item, settings: Settings) -> bool:
-    """Whether the options leave a test: a filter is part of the case's name or, with " on " in it, of the result's."""
+    """Whether the options leave a test; of one that is no case, filters are part of pytest's name."""
     case, variant, mem = declaration(item)
-    if case and settings.documented_only and case.kind is Kind.DETAIL:
-        return False
-    short, full = (case.name, case.result_name(variant, mem)) if case else (item.nodeid, item.nodeid)
-    return not settings.filters or any(part in (full if " on " in part else short) for part in settings.filters)
+    if case:
+        return isinstance(item, CaseItem) or settings.wants(case, variant, mem)
+    return not settings.filters or any(part in item.nodeid for part in settings.filters)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -176,13 +197,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def pytest_runtestloop(session: pytest.Session) -> None:
     """Begin with the plan, or list it; xdist's controller has collected nothing, and its workers have handed it in."""
     config = session.config
+    if not config.option.collectonly:
+        gc.freeze()  # what was collected stays: no need to look for garbage in it again and again
+        gc.enable()
     if hasattr(config, "workerinput") or config.getoption("dist", "no") != "no":
         return
     plan = _plan(session)
     if error := _name_clash(plan):
         raise pytest.UsageError(error)
     if not config.option.collectonly:
-        gc.freeze()  # what was collected stays: no need to look for garbage in it again and again
         if REPORTER in config.stash or any(declaration(item)[0] for item in session.items):
             config.stash[STEWARD].begin(plan)
     elif (fd := config.stash[SETTINGS].ktap_fd) is not None:
@@ -248,7 +271,7 @@ def pytest_runtest_makereport(
 
 
 def _skip_reason(call: pytest.CallInfo[None]) -> str | None:
-    common = sys.modules.get("uffd_selftests.common")  # whoever raises its Skip has loaded it; others need not wait
-    if common and call.excinfo and isinstance(call.excinfo.value, common.Skip):
+    module = sys.modules.get("uffd_selftests.toolkit.expectations")  # whoever raises its Skip has loaded it
+    if module and call.excinfo and isinstance(call.excinfo.value, module.Skip):
         return str(call.excinfo.value)
     return None

@@ -12,8 +12,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from uffd_selftests.memory import FIRST_PLACE, LAST_PLACE
-from uffd_selftests.uapi import Feature
+from uffd_selftests.abi.uapi import Feature
+from uffd_selftests.toolkit.memory import FIRST_PLACE, LAST_PLACE
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Iterator

@@ -36,14 +36,14 @@ import pytest
 
 import uffd_selftests
 from uffd_selftests.harness import ktap
-from uffd_selftests.harness.health import KMSG
 from uffd_selftests.harness.results import Planned, Result, judge
+from uffd_selftests.machine.facts import KMSG
 from uffd_selftests.report.model import FORMAT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from uffd_selftests.harness.interrupts import Signals
+    from uffd_selftests.command.interrupts import Signals
     from uffd_selftests.harness.settings import Settings
 
 NOTE = "uffd-selftests: case "

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from uffd_selftests.bugs import known_bugs
-from uffd_selftests.case import ATTRIBUTE, Case
+from uffd_selftests.case import ATTRIBUTE, Case, first_sentence
+from uffd_selftests.catalog.bugs import known_bugs
 from uffd_selftests.harness.gating import hugepages_needed, missing
+from uffd_selftests.harness.items import CaseItem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from uffd_selftests.kernel import Facts
+    from uffd_selftests.machine.facts import Facts
     from uffd_selftests.mem_types import MemType
 
 MAX_LINE = 500
@@ -74,25 +75,19 @@ class Planned:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Planned:
-        """Return what dataclasses.asdict made plain, and JSON plainer."""
+        """Return what JSON has made of the fields."""
         return cls(**{**plain, "rows": tuple(plain["rows"]), "bugs": tuple(plain["bugs"])})
 
 
 def declaration(item: pytest.Item) -> tuple[Case | None, str | None, MemType | None]:
     """Return the case that a test declares, with its variant and memory type."""
+    if isinstance(item, CaseItem):
+        return item.case, item.variant, item.mem
     case = getattr(getattr(item, "function", None), ATTRIBUTE, None)
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     if not isinstance(case, Case):
         return None, None, None
     return case, parameters.get("variant"), parameters.get("mem")
-
-
-def first_sentence(docstring: str | None) -> str:
-    """Return the first sentence of a docstring in one line."""
-    paragraph = (docstring or "").strip().partition("\n\n")[0]
-    text = " ".join(paragraph.split())
-    sentence, dot, _ = text.partition(". ")
-    return sentence + dot.strip()
 
 
 @dataclass
@@ -115,7 +110,7 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what results.json says about it."""
-        plain = dataclasses.asdict(self.planned)
+        plain = dict(vars(self.planned))
         return {
             "name": plain.pop("name"),
             "outcome": self.outcome,

@@ -13,21 +13,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 from _pytest.runner import runtestprotocol
 
-from uffd_selftests.harness import gating, plain
+from uffd_selftests.harness import gating, launchpad, plain
 from uffd_selftests.harness.health import HugepageUse
 from uffd_selftests.harness.isolation import Ending, How, Isolator, Send
+from uffd_selftests.harness.items import CaseItem
 from uffd_selftests.harness.launcher import Launcher, Order
 from uffd_selftests.harness.results import declaration, place, skipped_for
-from uffd_selftests.machine import lack_of_hugepages
+from uffd_selftests.machine.hugepages import lack_of_hugepages
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from uffd_selftests.case import Case
     from uffd_selftests.harness.health import KernelHealth
     from uffd_selftests.harness.settings import Settings
-    from uffd_selftests.kernel import Facts
+    from uffd_selftests.machine.facts import Facts
     from uffd_selftests.mem_types import MemType
 
 SHOWN = 5
@@ -37,9 +38,6 @@ PHASES = ("setup", "call", "teardown")
 
 REFUSAL = pytest.StashKey[str]()
 """Why a test fails without having run: it lacks something that was required."""
-
-PLAIN = pytest.StashKey[bool]()
-"""Whether a test is a plain case: asked more than once."""
 
 
 class Runner:
@@ -55,6 +53,7 @@ class Runner:
         guarded: Iterable[int] = (),
         cpu: int = 0,
         launcher: Launcher | None = None,
+        launchpad: str = "",
     ) -> None:
         self._settings = settings
         self._facts = facts
@@ -68,8 +67,12 @@ class Runner:
         """Where cases run that want a single CPU; another one for each worker."""
         self._given = launcher
         """What is the launcher first; it is smaller than what this process can fork, and knows no pytest."""
+        self._launchpad = launchpad
+        """Where there are others like that, if anywhere."""
         self._launcher: Launcher | None = None
         """Runs plain cases."""
+        self._last: pytest.Item | None = None
+        """What was run before."""
         self._together: list[str] = []
         """The results so far of the process that waits in the launcher for the next one."""
         self._ahead: dict[str, Order] = {}
@@ -77,7 +80,7 @@ class Runner:
         self._shares = settings.sharing
         """Whether a process may run several cases: until the kernel complains, to know which one it means next time."""
         self._following: dict[str, pytest.Item | None] = {}
-        """What runs after a test, by its nodeid; with workers nobody knows more than that of the present one."""
+        """What runs after a test, by its nodeid; with workers that is a guess, but of the present one."""
         self._known_lacks: dict[tuple[int, MemType | None], list[gating.Missing]] = {}
         self._isolator: Isolator | None = None
         """Runs everything else: what is forked here has whatever other plugins left in this process."""
@@ -96,7 +99,7 @@ class Runner:
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
         """Run a case in a child; leave to pytest what is to be skipped or to run in this process."""
         case, _, mem = declaration(item)
-        if not self._following and not self._turns:
+        if not self._following:
             items = item.session.items
             self._following = {each.nodeid: after for each, after in itertools.pairwise(items)}
         self._following[item.nodeid] = nextitem
@@ -169,9 +172,12 @@ class Runner:
 
     def _isolated(self, item: pytest.Item, *, hugepages: int) -> list[pytest.TestReport]:
         case, _, _ = declaration(item)
-        is_plain = plain_case(item)
+        is_plain = isinstance(item, CaseItem)
+        if self._last and self._last.parent is not item.parent:
+            self._together = []
         together = self._together
-        ending = self._launch(item) if is_plain else self._fork(item, hugepages)
+        ending = self._launch(item) if isinstance(item, CaseItem) else self._fork(item, hugepages)
+        self._last = item
         if case and case.stress and ending.how is not How.DONE:
             ending.evidence.append(f"again: --stress-seed {self._settings.stress_seed}")
         reports = _reports(item, ending, is_plain=is_plain)
@@ -190,47 +196,54 @@ class Runner:
                 failed[0].sections.append(("Before it, its process had run", "\n".join(together[-SHOWN:])))
         return reports
 
-    def _launch(self, item: pytest.Item) -> Ending:
+    def _launch(self, item: CaseItem) -> Ending:
         """Run a plain case in a child of a process that does nothing else."""
         if not self._launcher:
-            self._launcher = self._given or Launcher(plain.Cases(_describer(item.session)), self._guarded)
-            self._given = None
+            self._launcher = self._new_launcher(item.session)
             self._launcher.set_up(plain.Setting(dict(os.environ), list(sys.path), self._facts.hugepage_size))
             if self._isolator:
                 self._isolator.spare(self._launcher.pid)
         following = self._following[item.nodeid]
-        then = self._order(following) if following and self._may_follow(following) else None
-        ending = self._launcher.run(self._ahead.get(item.nodeid) or self._order(item), then)
+        then = None
+        if isinstance(following, CaseItem) and self._may_follow(following):
+            then = self._order(following, before=item)
+        ending = self._launcher.run(self._ahead.get(item.nodeid) or self._order(item, before=self._last), then)
         self._ahead = {following.nodeid: then} if following and then and ending.followed else {}
-        case, variant, mem = declaration(item)
-        assert case
-        self._together = [*self._together, case.result_name(variant, mem)] if ending.rests else []
+        self._together = [*self._together, item.result_name] if ending.rests else []
         if not self._launcher.alive:
             self._launcher.close()
             self._launcher = None
         return ending
 
-    def _order(self, item: pytest.Item) -> Order:
+    def _new_launcher(self, session: pytest.Session) -> Launcher:
+        given, self._given = self._given, None
+        if not given and self._launchpad:
+            given = launchpad.connect(self._launchpad)
+        return given or Launcher.start(plain.Cases(_describer(session)), self._guarded)
+
+    def _order(self, item: CaseItem, *, before: pytest.Item | None) -> Order:
         """Return what the launcher needs to know of a plain case."""
-        case, variant, mem = declaration(item)
-        assert case
-        assert isinstance(item, pytest.Function)
+        case, mem = item.case, item.mem
         capture = item.config.pluginmanager.getplugin("capturemanager")
-        area_bytes = self._settings.area_bytes_of(case)
         task = plain.Task(
             item.nodeid,
-            item.module.__name__,
-            item.originalname,
-            item._fixtureinfo.argnames,
-            variant,
+            item.function.__module__,
+            item.function.__name__,
+            item.arguments,
+            item.variant,
             mem.name if mem else None,
-            area_bytes,
+            item.area_bytes,
             self._cpus_of(case),
-            gating.hugepages_needed(case, mem, area_bytes) if self._health else 0,
+            gating.hugepages_needed(case, mem, item.area_bytes) if self._health else 0,
             bool(expectation(item)),
             captured=bool(capture) and capture.is_globally_capturing() and not case.stress,  # which shows how far it is
         )
-        return Order(task, self._settings.deadline_of(case), more=self._shares and self._goes_on(item))
+        return Order(
+            task,
+            self._settings.deadline_of(case),
+            apart=before is None or before.parent is not item.parent,
+            more=self._shares and self._goes_on(item),
+        )
 
     def _cpus_of(self, case: Case | None) -> frozenset[int]:
         """Return where a test may run."""
@@ -240,7 +253,7 @@ class Runner:
         """Whether what follows a case is one of the same file, and both are fit to share a process."""
         case, _, _ = declaration(item)
         following = self._following.get(item.nodeid)
-        if not case or case.stress or not following or following.path != item.path:
+        if not case or case.stress or not following or following.parent is not item.parent:
             return False
         return self._is_fit(following)
 
@@ -249,14 +262,15 @@ class Runner:
 
         Not when somebody is to know which case makes the kernel complain, or who has its turn with the huge pages.
         """
-        alone = self._health is not None and self._shares and not self._settings.kmsg
         case, _, _ = declaration(item)
-        return alone and self._is_fit(item) and not (case and case.may_hang_kernel)
+        if self._turns and self._turns.exists():
+            return False
+        return self._shares and not self._settings.kmsg and self._is_fit(item) and not (case and case.may_hang_kernel)
 
     def _is_fit(self, item: pytest.Item) -> bool:
         """Whether a test is a plain case that can run here and is over soon: it does not show how far it is."""
         case, _, mem = declaration(item)
-        return case is not None and plain_case(item) and not case.stress and not self._lacking(case, mem)
+        return case is not None and isinstance(item, CaseItem) and not case.stress and not self._lacking(case, mem)
 
     def _fork(self, item: pytest.Item, hugepages: int) -> Ending:
         """Run a test in a child of this process."""
@@ -281,6 +295,7 @@ class Runner:
 
         # Nobody in the child may hear of the reports: not the terminal, not the files, above all not xdist's channel.
         # Subtests report through the same hook.
+        setattr(forward, "_hookimpls", [])  # noqa: B010  # which pytest looks at where only some conftest.py files count
         for relay in (item.config.hook, item.ihook):
             setattr(relay, "pytest_runtest_logreport", forward)  # noqa: B010  # mypy knows no hook by name
         case, _, _ = declaration(item)
@@ -288,24 +303,6 @@ class Runner:
         runtestprotocol(item, log=True, nextitem=None)
         if not failed:
             plain.send_leaks(send)
-
-
-def plain_case(item: pytest.Item) -> bool:
-    """Whether a test is a case without fixtures, hooks around it or markers that are not this plugin's."""
-    if PLAIN not in item.stash:
-        item.stash[PLAIN] = _plain_case(item)
-    return item.stash[PLAIN]
-
-
-def _plain_case(item: pytest.Item) -> bool:
-    case, _, _ = declaration(item)
-    if not case or not isinstance(item, pytest.Function) or item.cls:
-        return False
-    markers = {marker.name for marker in item.iter_markers()}
-    taken, needed = item._fixtureinfo.argnames, {*plain.GIVEN, "request"}  # which the fixture ctx takes
-    allowed = {"xfail"} if case.defect else set()
-    known = getattr(sys.modules.get(item.module.__name__), item.originalname, None) is item.function
-    return known and plain.GIVEN.issuperset(taken) and needed.issuperset(item.fixturenames) and markers <= allowed
 
 
 def expectation(item: pytest.Item) -> str:
@@ -327,7 +324,7 @@ def _describer(session: pytest.Session) -> plain.Describe | None:
         data: dict[str, Any] = item.config.hook.pytest_report_to_serializable(config=item.config, report=report)
         return data
 
-    return None if session.config.option.tbstyle == "no" else describe
+    return describe if session.config.pluginmanager.hasplugin("terminalreporter") else None
 
 
 def _reports(item: pytest.Item, ending: Ending, *, is_plain: bool) -> list[pytest.TestReport]:
@@ -374,8 +371,7 @@ def _fill_in(item: pytest.Item, ending: Ending, reports: list[pytest.TestReport]
 
 def _passed(item: pytest.Item, when: Literal["setup", "call", "teardown"], seconds: float = 0.0) -> pytest.TestReport:
     """Return the report of a phase that went well."""
-    keywords: Mapping[str, Literal[1]] = dict.fromkeys(item.keywords, 1)
-    return pytest.TestReport(item.nodeid, item.location, keywords, "passed", None, when, duration=seconds)
+    return pytest.TestReport(item.nodeid, item.location, {item.name: 1}, "passed", None, when, duration=seconds)
 
 
 def _fail_late(item: pytest.Item, reports: list[pytest.TestReport], what: str, lines: list[str]) -> None:

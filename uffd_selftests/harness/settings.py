@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from uffd_selftests.case import Kind
 from uffd_selftests.harness import gating
 
 if TYPE_CHECKING:
     import pytest
 
     from uffd_selftests.case import Case
+    from uffd_selftests.mem_types import MemType
 
 STRESS_LOG = "stress.log"
 """In the folder of ``-o``: a line for each bounce of a stress case, with what each thread did."""
@@ -195,6 +197,18 @@ class Settings:
     def area_bytes_of(self, case: Case | None) -> int:
         """Return the size of each of the two areas of a case that names no number of pages."""
         return self.stress_bytes if case and case.stress else self.area_bytes
+
+    def wants(self, case: Case, variant: str | None, mem: MemType | None) -> bool:
+        """Whether the options leave a result.
+
+        A filter is part of the case's name, or of the result's if it has " on " in it; behind "=" all of either.
+        """
+        if self.documented_only and case.kind is Kind.DETAIL:
+            return False
+        if not self.filters:
+            return True
+        names = case.name, case.result_name(variant, mem)
+        return any(part[1:] in names if part[:1] == "=" else part in names[" on " in part] for part in self.filters)
 
     def export(self, *, progress: bool) -> None:
         """Tell the cases, and xdist's workers, what concerns them: common.py and stress.py read it."""

@@ -8,20 +8,21 @@ import json
 import os
 import signal
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from uffd_selftests import kernel
 from uffd_selftests.harness.health import HugepageUse, KernelHealth
 from uffd_selftests.harness.results import Planned, Result
+from uffd_selftests.machine.facts import probe
+from uffd_selftests.machine.hugepages import HugepagePool
+from uffd_selftests.machine.repair import repair
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from uffd_selftests.harness.interrupts import Signals
+    from uffd_selftests.command.interrupts import Signals
     from uffd_selftests.harness.reporter import Reporter
     from uffd_selftests.harness.settings import Settings
 
@@ -34,7 +35,7 @@ TURNS = "turns"
 
 def hand_in(folder: Path, worker: str, plan: list[Planned], error: str) -> None:
     """Give the steward a worker's plan, or the usage error that came of it."""
-    paper = {"pid": os.getpid(), "error": error, "plan": [asdict(planned) for planned in plan]}
+    paper = {"pid": os.getpid(), "error": error, "plan": [vars(planned) for planned in plan]}
     (folder / PAPER.format(worker=worker)).write_text(json.dumps(paper))
 
 
@@ -42,8 +43,10 @@ class Steward:
     """A pytest plugin, in the serial process or in xdist's controller, never in a worker."""
 
     def __init__(self, config: pytest.Config, settings: Settings, signals: Signals, reporter: Reporter | None) -> None:
-        self.facts = kernel.probe()
+        self.facts = probe()
         self.health = KernelHealth()
+        self.launchpad = ""
+        """Where workers get their launchers, if not of themselves."""
         self._cleanup = contextlib.ExitStack()
         self._cleanup.callback(self.health.close)
         self._config = config
@@ -52,7 +55,7 @@ class Steward:
         self._reporter = reporter
         self._folder: Path | None = None
         self._workers: list[int] = []
-        self._pool: kernel.HugepagePool | None = None
+        self._pool: HugepagePool | None = None
         self._pages = HugepageUse(self.facts.hugepage_size)
         self._begun = False
         self._ended_by = ""
@@ -76,12 +79,12 @@ class Steward:
         if self._ended_by or not plan:
             return
         self._begun = True
-        kernel.repair()
-        self._cleanup.callback(kernel.repair)  # a case that was killed may have left a setting changed
+        repair()
+        self._cleanup.callback(repair)  # a case that was killed may have left a setting changed
         self._pages = HugepageUse(self.facts.hugepage_size)
         wanted = workers * max(planned.hugepages for planned in plan)
         if wanted:
-            self._pool = self._cleanup.enter_context(kernel.HugepagePool(self.facts.hugepage_size, wanted))
+            self._pool = self._cleanup.enter_context(HugepagePool(self.facts.hugepage_size, wanted))
             if self._pool.shortage and workers > 1:
                 (self.folder / TURNS).touch()
         if self._reporter:
@@ -96,7 +99,9 @@ class Steward:
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
         """Hand an xdist worker what was probed."""
-        node.workerinput["uffd"] = json.dumps({"facts": self.facts.to_dict(), "folder": str(self.folder)})
+        node.workerinput["uffd"] = json.dumps(
+            {"facts": self.facts.to_dict(), "folder": str(self.folder), "launchpad": self.launchpad}
+        )
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, node: Any) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from uffd_selftests.kernel import AS_ROOT, DEVICE, REQUIREMENTS, Facts
+from uffd_selftests.machine.facts import AS_ROOT, DEVICE, Facts
+from uffd_selftests.machine.requirements import REQUIREMENTS
 
 SYSCTL = "vm.unprivileged_userfaultfd"
 

@@ -7,15 +7,16 @@ import contextlib
 import json
 import sys
 
-from uffd_selftests.harness.interrupts import Interrupted, Signals
-from uffd_selftests.kernel import no_userfaultfd, repair
-from uffd_selftests.memory import errno_name
+from uffd_selftests.abi.errors import errno_name
+from uffd_selftests.command.interrupts import Interrupted, Signals
+from uffd_selftests.command.program import EXIT_NOTHING, EXIT_OK, EXIT_USAGE, PROGRAM
+from uffd_selftests.machine.repair import repair
+from uffd_selftests.machine.requirements import no_userfaultfd
 from uffd_selftests.probe.config import examine
 from uffd_selftests.probe.consumers import judge
 from uffd_selftests.probe.findings import look
 from uffd_selftests.probe.report import Report
 from uffd_selftests.probe.suite import prospect
-from uffd_selftests.program import EXIT_NOTHING, EXIT_OK, EXIT_USAGE, PROGRAM
 
 
 def main(*, as_json: bool, area_bytes: int) -> int:

@@ -13,9 +13,9 @@ from functools import partial
 from importlib import resources
 from pathlib import Path
 
-from uffd_selftests import syscalls
-from uffd_selftests.kernel import Facts
-from uffd_selftests.uapi import Feature
+from uffd_selftests.abi import syscalls
+from uffd_selftests.abi.uapi import Feature
+from uffd_selftests.machine.facts import Facts
 
 PLACES = (
     "/proc/config.gz",

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from uffd_selftests.kernel import lack_of_hugepages, missing_features
+from uffd_selftests.abi.uapi import Feature
+from uffd_selftests.machine.hugepages import lack_of_hugepages
+from uffd_selftests.machine.requirements import missing_features
 from uffd_selftests.probe.access import doors
 from uffd_selftests.probe.findings import Answer, Findings
-from uffd_selftests.uapi import Feature
 
 Need = Callable[[Findings], str | None]
 

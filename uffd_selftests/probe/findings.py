@@ -10,14 +10,28 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from uffd_selftests import kernel, memory
-from uffd_selftests.common import DEADLINE, DEFAULT_FLAGS, Skip, Uffd
+from uffd_selftests.abi.errors import errno_name
+from uffd_selftests.abi.uapi import UFFD_USER_MODE_ONLY, ApiIoctls, Feature
 from uffd_selftests.harness.isolation import How, Isolator, Send
-from uffd_selftests.kernel import Facts, HugepagePool
+from uffd_selftests.machine.facts import THP, Facts, probe
+from uffd_selftests.machine.hugepages import HugepageCounts, HugepagePool, hugepages
+from uffd_selftests.machine.requirements import no_userfaultfd
 from uffd_selftests.mem_types import ALL, ANON, MemType
-from uffd_selftests.memory import AccessError, errno_name
 from uffd_selftests.probe.trials import BY_MEMORY, OF_HANDLE, QUESTIONS, Stage, Trial
-from uffd_selftests.uapi import UFFD_USER_MODE_ONLY, ApiIoctls, Feature
+from uffd_selftests.toolkit.access import AccessError
+from uffd_selftests.toolkit.expectations import DEADLINE, Skip
+from uffd_selftests.toolkit.handle import DEFAULT_FLAGS, Uffd
+from uffd_selftests.toolkit.memory import (
+    MAP_ANONYMOUS,
+    MAP_SHARED,
+    MREMAP_DONTUNMAP,
+    MREMAP_MAYMOVE,
+    PAGE_SIZE,
+    Range,
+    mapped,
+    remap,
+    unmap,
+)
 
 HUGEPAGES_TAKEN = 4
 """Huge pages that a trial takes at most: destination, source, and a copy on write of each."""
@@ -111,16 +125,16 @@ class Findings:
     """The errno with which mremap(2) refused MREMAP_DONTUNMAP of shared memory; None when it works (Linux 5.13)."""
     mthp: dict[int, tuple[str, str]]
     """Sizes of transparent huge pages in bytes, each with its settings for anonymous memory and for shmem."""
-    pools: dict[int, kernel.HugepageCounts]
+    pools: dict[int, HugepageCounts]
     """The pool of each huge page size in bytes, as it was before the probe."""
 
 
 def look() -> Findings:
     """Try everything. The machine is as before afterwards; KeyboardInterrupt ends it early."""
-    facts = kernel.probe()
-    pools = {size: kernel.hugepages(size) for size in facts.hugepage_sizes}
+    facts = probe()
+    pools = {size: hugepages(size) for size in facts.hugepage_sizes}
     with contextlib.closing(Isolator()) as isolator:
-        usable = kernel.no_userfaultfd(facts) is None
+        usable = no_userfaultfd(facts) is None
         ioctls, features = _features(isolator, facts) if usable else (ApiIoctls(0), ())
         handle = {trial.name: _try(isolator, trial, ANON, facts) for trial in OF_HANDLE} if usable else {}
         columns = tuple(_columns(isolator, facts)) if usable else ()
@@ -244,20 +258,20 @@ def _hugepages(size: int) -> Iterator[str | None]:
 
 def _dontunmap() -> str | None:
     """Try mremap(2) with MREMAP_DONTUNMAP on shared memory, to a place of the kernel's choice."""
-    flags = memory.MAP_SHARED | memory.MAP_ANONYMOUS
-    with memory.mapped(memory.PAGE_SIZE, flags=flags) as old:
+    flags = MAP_SHARED | MAP_ANONYMOUS
+    with mapped(PAGE_SIZE, flags=flags) as old:
         try:
-            new = memory.remap(old, flags=memory.MREMAP_MAYMOVE | memory.MREMAP_DONTUNMAP)
+            new = remap(old, flags=MREMAP_MAYMOVE | MREMAP_DONTUNMAP)
         except OSError as error:
             return errno_name(error.errno or 0)
-        memory.unmap(memory.Range(new, old.len))
+        unmap(Range(new, old.len))
     return None
 
 
 def _mthp() -> dict[int, tuple[str, str]]:
     """Return the sizes of transparent huge pages with their settings (admin-guide/mm/transhuge.rst)."""
     found = {}
-    for folder in kernel.THP.glob("hugepages-*kB"):
+    for folder in THP.glob("hugepages-*kB"):
         size = int(folder.name.removeprefix("hugepages-").removesuffix("kB")) * 1024
         found[size] = (_setting(folder / "enabled"), _setting(folder / "shmem_enabled"))
     return dict(sorted(found.items()))

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+from uffd_selftests.abi.uapi import Feature
 from uffd_selftests.case import Case
-from uffd_selftests.contract import functions
+from uffd_selftests.catalog.contract import functions
 from uffd_selftests.harness.gating import HUGEPAGES, Missing, hugepages_needed, missing
-from uffd_selftests.kernel import Facts, lack_of_hugepages
-from uffd_selftests.machine import HUGEPAGES as POOLS
+from uffd_selftests.machine.facts import Facts
+from uffd_selftests.machine.hugepages import HUGEPAGES as POOLS
+from uffd_selftests.machine.hugepages import lack_of_hugepages
 from uffd_selftests.mem_types import Backing, MemType
-from uffd_selftests.uapi import Feature
 
 PACKAGE = __name__.partition(".")[0]
 OPTION = re.compile(r"\bCONFIG_([A-Z0-9_]+)")
@@ -33,7 +34,7 @@ OPTIONS_OF_NEED = {
     "swap": ("SWAP",),
     "thp": ("TRANSPARENT_HUGEPAGE",),
 }
-"""The options behind what a case can need (kernel.REQUIREMENTS)."""
+"""The options behind what a case can need (REQUIREMENTS of machine/requirements.py)."""
 OPTIONS_OF_MEMORY = {Backing.SHMEM: "SHMEM", Backing.HUGETLB: "HUGETLBFS"}
 
 

@@ -12,23 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from uffd_selftests import memory, syscalls
-from uffd_selftests.common import (
-    MINOR,
-    MISSING,
-    RWP,
-    WP,
-    Context,
-    Fault,
-    FaultHandler,
-    Pagemap,
-    Uffd,
-    UffdError,
-    expect,
-)
-from uffd_selftests.mem_types import MemType
-from uffd_selftests.processes import Child, faulting, unread_event
-from uffd_selftests.uapi import (
+from uffd_selftests.abi import syscalls
+from uffd_selftests.abi.uapi import (
     CopyMode,
     Feature,
     PageCategory,
@@ -38,6 +23,18 @@ from uffd_selftests.uapi import (
     RegisterMode,
     RwprotectMode,
 )
+from uffd_selftests.mem_types import MemType
+from uffd_selftests.toolkit.access import peek, poke, touch_trapped
+from uffd_selftests.toolkit.context import Context
+from uffd_selftests.toolkit.expectations import expect
+from uffd_selftests.toolkit.faulting import faulting, unread_event
+from uffd_selftests.toolkit.handle import MINOR, MISSING, RWP, WP, Uffd
+from uffd_selftests.toolkit.handler import FaultHandler
+from uffd_selftests.toolkit.memory import Advice, advise, remap, unmap
+from uffd_selftests.toolkit.messages import Fault
+from uffd_selftests.toolkit.pagemap import Pagemap
+from uffd_selftests.toolkit.processes import Child
+from uffd_selftests.toolkit.refusals import UffdError
 
 WP_FAULT = PagefaultFlag.WRITE | PagefaultFlag.WP
 WP_ASYNC = Feature.WP_ASYNC | Feature.WP_UNPOPULATED
@@ -166,7 +163,7 @@ def wp_async(on: Stage) -> None:
     on.dst.fill()  # on a hole of hugetlb PM_SCAN_WP_MATCHING hangs for good before Linux 7.1
     on.uffd.writeprotect(on.dst.range)
     expect(written(), 0, "bytes written before the write")
-    memory.poke(on.dst.start, b"\0")
+    poke(on.dst.start, b"\0")
     on.uffd.expect_no_message()
     expect(written() > 0, True, "whether the write is reported")
     expect(written(), 0, "bytes written since they were last reported")
@@ -198,7 +195,7 @@ def sigbus(on: Stage) -> None:
 
 def expect_sigbus(on: Stage) -> None:
     """Touch the page and assert the signal."""
-    (trap,) = memory.touch_trapped(on.dst.range, on.page_size)
+    (trap,) = touch_trapped(on.dst.range, on.page_size)
     expect(str(trap).partition(" ")[0], "SIGBUS", "what became of an access")
 
 
@@ -209,7 +206,7 @@ def kernel_faults(on: Stage) -> None:
     call = partial(syscalls.read_into, source, on.dst.start, 1)
     with faulting(on.uffd, on.dst.start, flags=PagefaultFlag.WRITE, call=call):
         on.resolve()
-    expect(memory.peek(on.dst.start), b"x", "the byte that read(2) wrote")
+    expect(peek(on.dst.start), b"x", "the byte that read(2) wrote")
 
 
 BY_MEMORY = (
@@ -243,21 +240,21 @@ def event_fork(on: Stage) -> None:
 def event_remap(on: Stage) -> None:
     """Hear of a mremap."""
     with on.watched() as handler:
-        memory.remap(on.dst.range, to=on.src.start)
+        remap(on.dst.range, to=on.src.start)
     expect(handler.stats.remap, 1, "UFFD_EVENT_REMAP messages")
 
 
 def event_remove(on: Stage) -> None:
     """Hear of pages that are dropped."""
     with on.watched() as handler:
-        memory.advise(on.dst.range, memory.Advice.DONTNEED)
+        advise(on.dst.range, Advice.DONTNEED)
     expect(handler.stats.remove, 1, "UFFD_EVENT_REMOVE messages")
 
 
 def event_unmap(on: Stage) -> None:
     """Hear of a munmap."""
     with on.watched() as handler:
-        memory.unmap(on.dst.range)
+        unmap(on.dst.range)
     expect(handler.stats.unmap, 1, "UFFD_EVENT_UNMAP messages")
 
 
@@ -279,7 +276,7 @@ def rwp_async(on: Stage) -> None:
     """Switch the kernel's own resolving of read-write-protect faults off while in use (UFFDIO_SET_MODE)."""
     on.dst.fill()
     on.uffd.rwprotect(on.dst.range)
-    memory.peek(on.dst.start)
+    peek(on.dst.start)
     on.uffd.expect_no_message()
     on.uffd.set_mode(disable=Feature.RWP_ASYNC)
     on.uffd.rwprotect(on.dst.range)
@@ -337,7 +334,7 @@ def scan_of_dropped(on: Stage) -> str:
     """Until July 2026, PAGEMAP_SCAN missed it when asked for more than PAGE_IS_WRITTEN."""
     on.dst.fill()
     on.uffd.writeprotect(on.dst.range)
-    memory.advise(on.dst.range, memory.Advice.DONTNEED)
+    advise(on.dst.range, Advice.DONTNEED)
     returned = PageCategory.WRITTEN | PageCategory.PRESENT
     found = Pagemap.scan(on.dst.range, PageCategory.WRITTEN, returned=returned).regions
     return "counts as written" if found else "is missed"

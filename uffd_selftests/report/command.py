@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from uffd_selftests.program import EXIT_OK, EXIT_USAGE, PROGRAM, Parser
+from uffd_selftests.command.program import EXIT_OK, EXIT_USAGE, PROGRAM, Parser
 from uffd_selftests.report.model import load
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from uffd_selftests.abi.uapi import Feature
 from uffd_selftests.report.model import Run
-from uffd_selftests.uapi import Feature
 
 
 def duration(seconds: float) -> str:

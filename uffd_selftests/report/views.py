@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from uffd_selftests import contract
+from uffd_selftests.catalog import contract
 from uffd_selftests.mem_types import ALL
 from uffd_selftests.report.model import BROKEN, OUTCOMES, Defect, Result, Run
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import runpy
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-from uffd_selftests.cli import main
-from uffd_selftests.machine import HUGEPAGES, hugepage_sizes
+from uffd_selftests.machine.hugepages import HUGEPAGES, hugepage_sizes
 from uffd_selftests.mem_types import default_hugepage_size
 
 DEBUGFS = Path("/sys/kernel/debug")
@@ -93,4 +92,4 @@ def _run(*command: str) -> str:
 
 if __name__ == "__main__":
     prepare()
-    sys.exit(main())
+    runpy.run_module("uffd_selftests", run_name="__main__", alter_sys=True)

@@ -25,11 +25,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import uffd_selftests
+from uffd_selftests.command.interrupts import Interrupted, Signals
+from uffd_selftests.command.program import EXIT_FAILED, EXIT_NOTHING, EXIT_OK, EXIT_USAGE, PROGRAM
 from uffd_selftests.formats import junit
 from uffd_selftests.harness import ktap
-from uffd_selftests.harness.interrupts import Interrupted, Signals
-from uffd_selftests.harness.settings import MAY_HANG_KERNEL, OPTIONS
-from uffd_selftests.program import EXIT_FAILED, EXIT_NOTHING, EXIT_OK, EXIT_USAGE, PROGRAM
+from uffd_selftests.harness.again import PRESSURE_SCALE, suite_arguments
+from uffd_selftests.harness.settings import OPTIONS
 from uffd_selftests.report.command import write
 from uffd_selftests.report.model import FORMAT, load
 from uffd_selftests.vm import images, userland, vng
@@ -48,8 +49,6 @@ VERSION = "KTAP version 1"
 INDENT = "  "
 TCG_SCALE = 8.0
 """How much longer everything may take under emulation."""
-PRESSURE_SCALE = 4.0
-"""How much longer everything may take while memory is short."""
 
 
 class Plan(NamedTuple):
@@ -118,36 +117,6 @@ def exit_code(outcomes: Sequence[str]) -> int:
 def say(message: str) -> None:
     """Say something on stderr."""
     sys.stderr.write(f"{PROGRAM}: {message}\n")
-
-
-def suite_arguments(args: argparse.Namespace, passed: Sequence[str], scale: float = 1.0) -> list[str]:
-    """Say again, for the suite in a guest, what was said here on the command line or in the environment.
-
-    scale is that of deadlines, unless another was given.
-    """
-    arguments = [f"--filter={part}" for part in args.filter]
-    if args.keyword is not None:
-        arguments += ["-k", args.keyword]
-    flags = {
-        "--documented-only": args.documented_only,
-        "--strict": args.strict,
-        "--no-sharing": args.no_sharing,
-        "--no-isolation": args.no_isolation,
-        MAY_HANG_KERNEL.flag: args.may_hang_kernel or MAY_HANG_KERNEL.value(None),
-    }
-    arguments += [flag for flag, given in flags.items() if given]
-    values = {each.flag: getattr(args, each.name) or os.environ.get(each.variable) for each in OPTIONS}
-    values["--deadline-scale"] = values["--deadline-scale"] or f"{scale:g}"
-    arguments += [f"{flag}={value}" for flag, value in values.items() if value]
-    return [*arguments, *(["--", *map(_absolute, passed)] if passed else [])]
-
-
-def _absolute(argument: str) -> str:
-    """Return an argument for pytest with its path, if it is one, made independent of the current folder."""
-    path, colons, test = argument.partition("::")
-    if argument.startswith("-") or not os.path.exists(path):
-        return argument
-    return os.path.abspath(path) + colons + test
 
 
 def _is_ours(argument: str) -> bool:

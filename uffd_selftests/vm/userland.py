@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from uffd_selftests import native
+from uffd_selftests.abi import native
 from uffd_selftests.vm import images
 
 SUITE = "bookworm"
@@ -154,7 +154,7 @@ def _make_root(root: Path, toolchain: Toolchain, requirements: list[str]) -> Non
 
 def _build(folder: Path, toolchain: Toolchain, root: Path) -> None:
     """Compile the native part with the root folder's headers and libraries."""
-    from uffd_selftests.native.build import ffi_builder  # noqa: PLC0415  # needs setuptools
+    from uffd_selftests.abi.native.build import ffi_builder  # noqa: PLC0415  # needs setuptools
 
     generated = folder.parent / "_native.c"
     with contextlib.redirect_stdout(None):  # it tells what it does

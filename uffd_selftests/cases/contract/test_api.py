@@ -10,33 +10,13 @@ from functools import partial
 from signal import SIGBUS
 from termios import FIONREAD
 
-from uffd_selftests import uapi
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    DEFAULT_FLAGS,
-    MINOR,
-    MISSING,
-    UNREGISTERED,
-    UNTOUCHED,
-    WP,
-    Context,
-    Pagemap,
-    Skip,
-    Uffd,
-    UffdError,
-    eventually,
-    expect,
-    expect_errno,
-    expect_modes,
-    promise,
-    refuses,
-)
-from uffd_selftests.events import outcome
-from uffd_selftests.mem_types import ALL, ANON, HUGETLB, SHMEM, MemType
-from uffd_selftests.memory import PAGE_SIZE, Range, errno_name, expect_bytes, peek, poke, read_only, touch_trapped
-from uffd_selftests.native import lib
-from uffd_selftests.processes import Waiter, become_nobody, faulting, run_as, without_cap_sys_ptrace
-from uffd_selftests.uapi import UFFD_API, UFFDIO_API, ApiIoctls, Feature, PagefaultFlag, RangeIoctls
+    ALL, ANON, DEFAULT_FLAGS, HUGETLB, MINOR, MISSING, PAGE_SIZE, SHMEM, UFFDIO_API, UFFD_API, UNREGISTERED, UNTOUCHED,
+    WP, ApiIoctls, Context, Feature, MemType, PagefaultFlag, Pagemap, Range, RangeIoctls, Skip, Uffd, UffdError, Waiter,
+    become_nobody, errno_name, eventually, expect, expect_bytes, expect_errno, expect_modes, faulting, lib, outcome,
+    peek, poke, promise, read_only, refuses, run_as, touch_trapped, uapi, without_cap_sys_ptrace,
+)  # fmt: skip
 
 KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK
 STRUCT = ctypes.sizeof(uapi.uffdio_api)

@@ -10,47 +10,14 @@ from errno import EBUSY
 from functools import partial
 from signal import SIGCHLD, SIGKILL
 
-from uffd_selftests import syscalls
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    DEADLINE,
-    DEFAULT_FLAGS,
-    MINOR,
-    MISSING,
-    UNREGISTERED,
-    WP,
-    WRITEPROTECT,
-    Context,
-    Fault,
-    Forked,
-    Pagemap,
-    Uffd,
-    expect,
-    expect_mappings,
-    expect_modes,
-    huge_area,
-    promise,
-    refuses,
-    swap_out,
-)
-from uffd_selftests.mem_types import ALL, ANON, HUGETLB, SHMEM, SHMEM_PRIVATE
-from uffd_selftests.memory import (
-    PROT_READ,
-    Advice,
-    advise,
-    expect_bytes,
-    peek,
-    pmd_mapped,
-    poke,
-    protect,
-    remap,
-    smaps_fields,
-    touch,
-    touch_trapped,
+    ALL, ANON, DEADLINE, DEFAULT_FLAGS, HUGETLB, MINOR, MISSING, PROT_READ, SHMEM, SHMEM_PRIVATE, UNREGISTERED, WP,
+    WRITEPROTECT, Advice, Channel, Child, Context, Fault, Feature, Forked, PagefaultFlag, Pagemap, Uffd, Waiter, advise,
+    expect, expect_bytes, expect_mappings, expect_modes, faulting, huge_area, long_fill, peek, pmd_mapped, poised, poke,
+    promise, protect, refuses, remap, settle, smaps_fields, swap_out, syscalls, touch, touch_trapped, undisturbed,
     unmap,
-)
-from uffd_selftests.processes import Channel, Child, Waiter, faulting, long_fill, poised, settle, undisturbed
-from uffd_selftests.uapi import Feature, PagefaultFlag
+)  # fmt: skip
 
 BLOCKING = DEFAULT_FLAGS & ~os.O_NONBLOCK
 KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK

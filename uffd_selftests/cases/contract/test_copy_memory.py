@@ -13,62 +13,13 @@ from signal import SIGBUS, SIGSEGV
 
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    MINOR,
-    MISSING,
-    WP,
-    Context,
-    Pagemap,
-    Skip,
-    Uffd,
-    UffdError,
-    expect,
-    expect_failed,
-    huge_area,
-    page_out,
-    promise,
-    refuses,
-    require_soft_dirty,
-    swap_out,
-)
-from uffd_selftests.mem_types import (
-    ALL,
-    ANON,
-    HUGETLB,
-    HUGETLB_PRIVATE,
-    NOT_HUGETLB,
-    SHARED,
-    SHMEM,
-    SHMEM_PRIVATE,
-    default_hugepage_size,
-)
-from uffd_selftests.memory import (
-    MAP_ANONYMOUS,
-    MAP_NORESERVE,
-    MAP_PRIVATE,
-    MAP_SHARED,
-    PAGE_SIZE,
-    PROT_NONE,
-    PROT_READ,
-    Advice,
-    KernelError,
-    Range,
-    advise,
-    errno_name,
-    expect_bytes,
-    expect_same,
-    mapped,
-    peek,
-    pmd_mapped,
-    poke,
-    protect,
-    resident,
-    smaps_bytes,
-    touch,
-    touch_trapped,
-)
-from uffd_selftests.processes import faulting, undisturbed
-from uffd_selftests.syscalls import free_bytes, limited_file, stored_bytes
-from uffd_selftests.uapi import PM_FILE, PM_MMAP_EXCLUSIVE, PM_PRESENT, PM_SOFT_DIRTY, Feature
+    ALL, ANON, HUGETLB, HUGETLB_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, MINOR, MISSING,
+    NOT_HUGETLB, PAGE_SIZE, PM_FILE, PM_MMAP_EXCLUSIVE, PM_PRESENT, PM_SOFT_DIRTY, PROT_NONE, PROT_READ, SHARED, SHMEM,
+    SHMEM_PRIVATE, WP, Advice, Context, Feature, KernelError, Pagemap, Range, Skip, Uffd, UffdError, advise,
+    default_hugepage_size, errno_name, expect, expect_bytes, expect_failed, expect_same, faulting, free_bytes,
+    huge_area, limited_file, mapped, page_out, peek, pmd_mapped, poke, promise, protect, refuses, require_soft_dirty,
+    resident, smaps_bytes, stored_bytes, swap_out, touch, touch_trapped, undisturbed,
+)  # fmt: skip
 
 HUGEPAGE = default_hugepage_size()
 

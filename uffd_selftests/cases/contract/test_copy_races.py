@@ -15,56 +15,12 @@ from functools import partial
 
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    DEADLINE,
-    MISSING,
-    WP,
-    Context,
-    Pagemap,
-    Removed,
-    Skip,
-    Uffd,
-    UffdError,
-    eventually,
-    expect,
-    held_up,
-    promise,
-    refuses,
-)
-from uffd_selftests.machine import hugepage_sizes
-from uffd_selftests.mem_types import (
-    ALL,
-    ANON,
-    HUGETLB,
-    HUGETLB_PRIVATE,
-    NOT_HUGETLB,
-    SHMEM,
-    MemType,
-    default_hugepage_size,
-)
-from uffd_selftests.memory import (
-    MAP_ANONYMOUS,
-    MAP_FIXED,
-    MAP_NORESERVE,
-    MAP_PRIVATE,
-    MAP_SHARED,
-    PAGE_SIZE,
-    PROT_NONE,
-    PROT_READ,
-    Advice,
-    Range,
-    advise,
-    errno_name,
-    expect_same,
-    map_memory,
-    mapped,
-    peek,
-    poke,
-    protect,
-    unmap,
-)
-from uffd_selftests.processes import Waiter, faulting_pages
-from uffd_selftests.syscalls import free_bytes, limited_file, stored_bytes
-from uffd_selftests.uapi import PM_PRESENT, CopyMode, Feature
+    ALL, ANON, DEADLINE, HUGETLB, HUGETLB_PRIVATE, MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED,
+    MISSING, NOT_HUGETLB, PAGE_SIZE, PM_PRESENT, PROT_NONE, PROT_READ, SHMEM, WP, Advice, Context, CopyMode, Feature,
+    MemType, Pagemap, Range, Removed, Skip, Uffd, UffdError, Waiter, advise, default_hugepage_size, errno_name,
+    eventually, expect, expect_same, faulting_pages, free_bytes, held_up, hugepage_sizes, limited_file, map_memory,
+    mapped, peek, poke, promise, protect, refuses, stored_bytes, unmap,
+)  # fmt: skip
 
 HUGEPAGE = default_hugepage_size()
 KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK

@@ -11,43 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from errno import EACCES, EAGAIN, EBADF, EINVAL, EMFILE, ENODEV, ENOTTY, ENXIO, EPERM, ESPIPE
 
-from uffd_selftests import uapi
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    DEFAULT_FLAGS,
-    MESSAGE_SIZE,
-    MISSING,
-    Context,
-    Fault,
-    Uffd,
-    combinations,
-    expect,
-    expect_errno,
-    expect_handle,
-    fails,
-    flag_names,
-    parse_message,
-    promise,
-    refuses,
-)
-from uffd_selftests.ia32 import Ia32
-from uffd_selftests.mem_types import ANON
-from uffd_selftests.memory import MAP_PRIVATE, PAGE_SIZE, PROT_READ, KernelError, map_memory, peek
-from uffd_selftests.processes import (
-    UNPRIVILEGED_USERFAULTFD,
-    Channel,
-    Child,
-    Waiter,
-    become_nobody,
-    drop_capability,
-    enter_user_namespace,
-    faulting,
-    out_of_descriptors,
-    run_as,
-    unprivileged_userfaultfd,
-    without_cap_sys_ptrace,
-)
-from uffd_selftests.uapi import UFFD_USER_MODE_ONLY, Feature, PagefaultFlag
+    ANON, DEFAULT_FLAGS, MAP_PRIVATE, MESSAGE_SIZE, MISSING, PAGE_SIZE, PROT_READ, UFFD_USER_MODE_ONLY,
+    UNPRIVILEGED_USERFAULTFD, Channel, Child, Context, Fault, Feature, Ia32, KernelError, PagefaultFlag, Uffd, Waiter,
+    become_nobody, combinations, drop_capability, enter_user_namespace, expect, expect_errno, expect_handle, fails,
+    faulting, flag_names, map_memory, out_of_descriptors, parse_message, peek, promise, refuses, run_as, uapi,
+    unprivileged_userfaultfd, without_cap_sys_ptrace,
+)  # fmt: skip
 
 FLAGS = (os.O_CLOEXEC, os.O_NONBLOCK, UFFD_USER_MODE_ONLY)
 BLOCKING = DEFAULT_FLAGS & ~os.O_NONBLOCK

@@ -10,9 +10,7 @@ import sys
 from pathlib import Path
 
 from uffd_selftests.case import uffd_case
-from uffd_selftests.common import DEADLINE, Skip, expect, promise
-from uffd_selftests.memory import PAGE_SIZE
-from uffd_selftests.uapi import Feature
+from uffd_selftests.common import DEADLINE, PAGE_SIZE, Feature, Skip, expect, promise
 
 ROOT = Path(__file__).parents[3]
 PROGRAM = ROOT / "examples" / "demand_paging.py"

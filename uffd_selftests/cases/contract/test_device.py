@@ -12,35 +12,12 @@ from errno import EACCES, EFAULT, EINVAL, EMFILE, EPERM
 from functools import partial
 from pathlib import Path
 
-from uffd_selftests import syscalls, uapi
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    MISSING,
-    Context,
-    Skip,
-    Uffd,
-    combinations,
-    expect,
-    expect_handle,
-    fails,
-    flag_names,
-    promise,
-)
-from uffd_selftests.ia32 import Ia32
-from uffd_selftests.kernel import DEVICE
-from uffd_selftests.mem_types import ALL, ANON
-from uffd_selftests.memory import checked, peek
-from uffd_selftests.native import lib
-from uffd_selftests.processes import (
-    become_nobody,
-    faulting,
-    out_of_descriptors,
-    run_as,
-    undisturbed,
-    unprivileged_userfaultfd,
-    without_cap_sys_ptrace,
-)
-from uffd_selftests.uapi import UFFD_USER_MODE_ONLY, PagefaultFlag
+    ALL, ANON, DEVICE, MISSING, UFFD_USER_MODE_ONLY, Context, Ia32, PagefaultFlag, Skip, Uffd, become_nobody, checked,
+    combinations, expect, expect_handle, fails, faulting, flag_names, lib, out_of_descriptors, peek, promise, run_as,
+    syscalls, uapi, undisturbed, unprivileged_userfaultfd, without_cap_sys_ptrace,
+)  # fmt: skip
 
 FLAGS = (os.O_CLOEXEC, os.O_NONBLOCK, UFFD_USER_MODE_ONLY)
 NODE = "userfaultfd"

@@ -15,46 +15,13 @@ from dataclasses import dataclass
 from errno import EAGAIN
 from typing import cast
 
-from uffd_selftests import syscalls, uapi
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    FILLED,
-    MINOR,
-    MISSING,
-    WP,
-    Context,
-    Pagemap,
-    Uffd,
-    UffdError,
-    expect,
-    expect_modes,
-    held_up,
-    promise,
-)
-from uffd_selftests.events import REMAP, moved
-from uffd_selftests.mem_types import ANON, SHMEM, pmd_size
-from uffd_selftests.memory import (
-    MAP_ANONYMOUS,
-    MAP_NORESERVE,
-    MAP_PRIVATE,
-    MREMAP_DONTUNMAP,
-    MREMAP_FIXED,
-    MREMAP_MAYMOVE,
-    PAGE_SIZE,
-    PROT_NONE,
-    Range,
-    keep_small,
-    mapped,
-    peek,
-    poke,
-    remap,
-    touch,
-    unmap,
-)
-from uffd_selftests.native import lib
-from uffd_selftests.processes import LONG_FILL, Waiter, long_fill, poised, settle
-from uffd_selftests.races import SUCCESS, Race, Racer, copier, mover, protector, zeroer
-from uffd_selftests.uapi import Feature
+    ANON, FILLED, LONG_FILL, MAP_ANONYMOUS, MAP_NORESERVE, MAP_PRIVATE, MINOR, MISSING, MREMAP_DONTUNMAP, MREMAP_FIXED,
+    MREMAP_MAYMOVE, PAGE_SIZE, PROT_NONE, REMAP, SHMEM, SUCCESS, WP, Context, Feature, Pagemap, Race, Racer, Range,
+    Uffd, UffdError, Waiter, copier, expect, expect_modes, held_up, keep_small, lib, long_fill, mapped, moved, mover,
+    peek, pmd_size, poised, poke, promise, protector, remap, settle, syscalls, touch, uapi, unmap, zeroer,
+)  # fmt: skip
 
 MANY = 16384
 """Pages of the mapping that is moved."""

@@ -9,44 +9,13 @@ import time
 from collections.abc import Callable, Iterator
 from errno import EAGAIN, EFAULT, EPERM, ESRCH
 
-from uffd_selftests import uapi
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    DEADLINE,
-    DEFAULT_FLAGS,
-    MISSING,
-    UNTOUCHED,
-    Context,
-    Forked,
-    Message,
-    Skip,
-    Uffd,
-    UffdError,
-    expect,
-    expect_errno,
-    held_up,
-    promise,
-    refuses,
-)
-from uffd_selftests.events import (
-    FORK,
-    REMAP,
-    REMOVE,
-    UNMAP,
-    await_child_event,
-    await_event,
-    expect_killed,
-    moved,
-    read_fork,
-    recorder,
-    removed,
-    take_event,
-    unmapped,
-)
-from uffd_selftests.mem_types import ALL, ANON, SHMEM
-from uffd_selftests.memory import Advice, Range, advise, expect_same, read_only, remap, unmap
-from uffd_selftests.processes import Channel, Child, Waiter, handled, monitored, unread_event
-from uffd_selftests.uapi import Feature
+    ALL, ANON, DEADLINE, DEFAULT_FLAGS, FORK, MISSING, REMAP, REMOVE, SHMEM, UNMAP, UNTOUCHED, Advice, Channel, Child,
+    Context, Feature, Forked, Message, Range, Skip, Uffd, UffdError, Waiter, advise, await_child_event, await_event,
+    expect, expect_errno, expect_killed, expect_same, handled, held_up, monitored, moved, promise, read_fork, read_only,
+    recorder, refuses, remap, removed, take_event, uapi, unmap, unmapped, unread_event,
+)  # fmt: skip
 
 
 def feature_sets() -> Iterator[Feature]:

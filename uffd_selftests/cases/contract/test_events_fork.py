@@ -13,54 +13,14 @@ from contextlib import contextmanager
 from errno import EFAULT, EINVAL, EMFILE, ESRCH
 from pathlib import Path
 
-from uffd_selftests import syscalls, uapi
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    DEFAULT_FLAGS,
-    MINOR,
-    MISSING,
-    UNREGISTERED,
-    UNTOUCHED,
-    WP,
-    Context,
-    Forked,
-    Skip,
-    Uffd,
-    expect,
-    expect_modes,
-    fails,
-    held_up,
-    promise,
-    refuses,
-)
-from uffd_selftests.events import (
-    FORK,
-    REMAP,
-    REMOVE,
-    await_child_event,
-    expect_killed,
-    open_userfaultfds,
-    read_fork,
-    recorder,
-)
-from uffd_selftests.mem_types import ALL, ANON
-from uffd_selftests.memory import (
-    MAP_ANONYMOUS,
-    MAP_FIXED,
-    MAP_NORESERVE,
-    MAP_PRIVATE,
-    PAGE_SIZE,
-    PROT_NONE,
-    Advice,
-    Range,
-    Trap,
-    advise,
-    map_memory,
-    peek,
-    touch_trapped,
-)
-from uffd_selftests.processes import Channel, Child, monitored, out_of_descriptors
-from uffd_selftests.uapi import Feature, RegisterMode
+    ALL, ANON, DEFAULT_FLAGS, FORK, MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, MINOR, MISSING, PAGE_SIZE,
+    PROT_NONE, REMAP, REMOVE, UNREGISTERED, UNTOUCHED, WP, Advice, Channel, Child, Context, Feature, Forked, Range,
+    RegisterMode, Skip, Trap, Uffd, advise, await_child_event, expect, expect_killed, expect_modes, fails, held_up,
+    map_memory, monitored, open_userfaultfds, out_of_descriptors, peek, promise, read_fork, recorder, refuses, syscalls,
+    touch_trapped, uapi,
+)  # fmt: skip
 
 Life = Callable[[Channel], object]
 

@@ -10,31 +10,12 @@ from errno import EFAULT
 from functools import partial
 
 from uffd_selftests.case import Defect, Kind, uffd_case
-from uffd_selftests.common import MISSING, UNREGISTERED, Context, Remapped, expect, expect_modes, fails, promise
-from uffd_selftests.events import (
-    REMAP,
-    REMOVE,
-    UNMAP,
-    announced,
-    await_event,
-    expect_contents,
-    expect_no_memory,
-    expect_served,
-    modes_offered,
-    moved,
-    outcome,
-    recorder,
-    take_event,
-    unmapped,
-)
-from uffd_selftests.mem_types import (
-    ALL,
-    ANON,
-    NOT_HUGETLB,
-    SHMEM,
-)
-from uffd_selftests.memory import MREMAP_DONTUNMAP, MREMAP_FIXED, PAGE_SIZE, Range, peek, remap, unmap
-from uffd_selftests.processes import Waiter, undisturbed
+from uffd_selftests.common import (
+    ALL, ANON, MISSING, MREMAP_DONTUNMAP, MREMAP_FIXED, NOT_HUGETLB, PAGE_SIZE, REMAP, REMOVE, SHMEM, UNMAP,
+    UNREGISTERED, Context, Range, Remapped, Waiter, announced, await_event, expect, expect_contents, expect_modes,
+    expect_no_memory, expect_served, fails, modes_offered, moved, outcome, peek, promise, recorder, remap, take_event,
+    undisturbed, unmap, unmapped,
+)  # fmt: skip
 
 
 @uffd_case("remap-event", mem=ALL, features=REMAP, pages=3, rows=("EV-02", "EV-18", "EV-28"))

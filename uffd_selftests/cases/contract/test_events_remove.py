@@ -9,34 +9,13 @@ from ctypes import addressof, c_uint64
 from errno import EAGAIN, EINVAL, ENOMEM, EPERM
 from functools import partial
 
-from uffd_selftests import syscalls
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    MISSING,
-    UNREGISTERED,
-    Context,
-    Message,
-    Pagemap,
-    Skip,
-    expect,
-    expect_modes,
-    fails,
-    promise,
-)
-from uffd_selftests.events import (
-    REMOVE,
-    announced,
-    await_event,
-    expect_served,
-    modes_offered,
-    outcome,
-    recorder,
-    removed,
-    take_event,
-)
-from uffd_selftests.mem_types import ALL, ANON, HUGETLB, HUGETLB_PRIVATE, NOT_HUGETLB, SHMEM, SHMEM_PRIVATE
-from uffd_selftests.memory import PAGE_SIZE, Advice, KernelError, Range, advise, expect_bytes, unmap
-from uffd_selftests.processes import Waiter, undisturbed
+    ALL, ANON, HUGETLB, HUGETLB_PRIVATE, MISSING, NOT_HUGETLB, PAGE_SIZE, REMOVE, SHMEM, SHMEM_PRIVATE, UNREGISTERED,
+    Advice, Context, KernelError, Message, Pagemap, Range, Skip, Waiter, advise, announced, await_event, expect,
+    expect_bytes, expect_modes, expect_served, fails, modes_offered, outcome, promise, recorder, removed, syscalls,
+    take_event, undisturbed, unmap,
+)  # fmt: skip
 
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 

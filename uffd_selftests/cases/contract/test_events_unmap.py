@@ -8,48 +8,13 @@ import sys
 from errno import EINVAL, EPERM
 from functools import partial
 
-from uffd_selftests import syscalls
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    MISSING,
-    UNREGISTERED,
-    Context,
-    Message,
-    Skip,
-    Uffd,
-    expect,
-    expect_modes,
-    fails,
-    promise,
-)
-from uffd_selftests.events import (
-    REMAP,
-    REMOVE,
-    UNMAP,
-    announced,
-    await_child_event,
-    await_event,
-    expect_no_memory,
-    expect_served,
-    modes_offered,
-    recorder,
-    take_event,
-    unmapped,
-)
-from uffd_selftests.mem_types import ALL, ANON, HUGETLB
-from uffd_selftests.memory import (
-    MAP_ANONYMOUS,
-    MAP_FIXED,
-    MAP_PRIVATE,
-    PAGE_SIZE,
-    KernelError,
-    Range,
-    map_memory,
-    peek,
-    remap,
-    unmap,
-)
-from uffd_selftests.processes import Channel, Child, Waiter, monitored, undisturbed
+    ALL, ANON, HUGETLB, MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MISSING, PAGE_SIZE, REMAP, REMOVE, UNMAP, UNREGISTERED,
+    Channel, Child, Context, KernelError, Message, Range, Skip, Uffd, Waiter, announced, await_child_event, await_event,
+    expect, expect_modes, expect_no_memory, expect_served, fails, map_memory, modes_offered, monitored, peek, promise,
+    recorder, remap, syscalls, take_event, undisturbed, unmap, unmapped,
+)  # fmt: skip
 
 IPC_CREAT, IPC_RMID, SHM_HUGETLB = 0o1000, 0, 0o4000
 

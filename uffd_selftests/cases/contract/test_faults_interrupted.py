@@ -9,33 +9,13 @@ from collections.abc import Callable
 from errno import EEXIST
 from functools import partial
 
-from uffd_selftests import syscalls
 from uffd_selftests.case import Defect, Kind, uffd_case
-from uffd_selftests.common import DEFAULT_FLAGS, MISSING, Context, Uffd, eventually, expect, promise, refuses
-from uffd_selftests.mem_types import ALL, ANON, HUGETLB, SHMEM
-from uffd_selftests.memory import (
-    MAP_ANONYMOUS,
-    MAP_FIXED,
-    MAP_PRIVATE,
-    PAGE_SIZE,
-    PROT_NONE,
-    PROT_READ,
-    PROT_WRITE,
-    AccessError,
-    Advice,
-    Range,
-    Trap,
-    advise,
-    expect_bytes,
-    map_memory,
-    peek,
-    poke,
-    protect,
-    remap,
-    unmap,
-)
-from uffd_selftests.processes import Channel, Child, Waiter, faulting, handled
-from uffd_selftests.uapi import PagefaultFlag
+from uffd_selftests.common import (
+    ALL, ANON, DEFAULT_FLAGS, HUGETLB, MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MISSING, PAGE_SIZE, PROT_NONE, PROT_READ,
+    PROT_WRITE, SHMEM, AccessError, Advice, Channel, Child, Context, PagefaultFlag, Range, Trap, Uffd, Waiter, advise,
+    eventually, expect, expect_bytes, faulting, handled, map_memory, peek, poke, promise, protect, refuses, remap,
+    syscalls, unmap,
+)  # fmt: skip
 
 KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK
 WRITE = PagefaultFlag.WRITE

@@ -12,38 +12,13 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from uffd_selftests import uapi
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    DEFAULT_FLAGS,
-    MINOR,
-    MISSING,
-    WP,
-    WRITEPROTECT,
-    Context,
-    Message,
-    Uffd,
-    eventually,
-    expect,
-    promise,
-)
-from uffd_selftests.events import (
-    FORK,
-    REMAP,
-    REMOVE,
-    UNMAP,
-    await_child_event,
-    await_event,
-    moved,
-    read_fork,
-    removed,
-    take_event,
-    unmapped,
-)
-from uffd_selftests.mem_types import ALL, ANON, HUGETLB, SHMEM
-from uffd_selftests.memory import Advice, advise, peek, poke, remap, unmap
-from uffd_selftests.processes import Channel, Child, Waiter, faulting, faulting_pages, monitored
-from uffd_selftests.uapi import ApiIoctls, CopyMode, Feature, PagefaultFlag, RangeIoctls
+    ALL, ANON, DEFAULT_FLAGS, FORK, HUGETLB, MINOR, MISSING, REMAP, REMOVE, SHMEM, UNMAP, WP, WRITEPROTECT, Advice,
+    ApiIoctls, Channel, Child, Context, CopyMode, Feature, Message, PagefaultFlag, RangeIoctls, Uffd, Waiter, advise,
+    await_child_event, await_event, eventually, expect, faulting, faulting_pages, monitored, moved, peek, poke, promise,
+    read_fork, remap, removed, take_event, uapi, unmap, unmapped,
+)  # fmt: skip
 
 INITIALIZED = 1 << 31
 """What fdinfo shows among the features once the handshake has been made."""

@@ -14,42 +14,13 @@ from functools import partial
 from io import FileIO
 from signal import SIGKILL
 
-from uffd_selftests import uapi
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    FILLED,
-    MINOR,
-    MINOR_FAULTS,
-    MISSING,
-    UNTOUCHED,
-    Context,
-    Pagemap,
-    Skip,
-    Uffd,
-    eventually,
-    expect,
-)
-from uffd_selftests.mem_types import ANON, HUGETLB, HUGETLB_PRIVATE, SHMEM, SHMEM_PRIVATE
-from uffd_selftests.memory import (
-    MAP_ANONYMOUS,
-    MAP_NORESERVE,
-    MAP_PRIVATE,
-    MAP_SHARED,
-    PAGE_SIZE,
-    PROT_READ,
-    Advice,
-    Range,
-    advise,
-    errno_name,
-    keep_small,
-    mapped,
-    peek,
-    poke,
-    protect,
-    touch,
-)
-from uffd_selftests.processes import Channel, Child, Waiter, long_fill, poised, settle
-from uffd_selftests.uapi import Feature
+    ANON, FILLED, HUGETLB, HUGETLB_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, MINOR, MINOR_FAULTS,
+    MISSING, PAGE_SIZE, PROT_READ, SHMEM, SHMEM_PRIVATE, UNTOUCHED, Advice, Channel, Child, Context, Feature, Pagemap,
+    Range, Skip, Uffd, Waiter, advise, errno_name, eventually, expect, keep_small, long_fill, mapped, peek, poised,
+    poke, protect, settle, touch, uapi,
+)  # fmt: skip
 
 TRIES = 20
 MANY = 65536

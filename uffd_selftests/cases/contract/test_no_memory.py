@@ -5,40 +5,12 @@ from __future__ import annotations
 
 import os
 
-from uffd_selftests import uapi
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    DEFAULT_FLAGS,
-    MINOR,
-    MINOR_FAULTS,
-    MISSING,
-    UNTOUCHED,
-    WP,
-    Context,
-    Skip,
-    Uffd,
-)
-from uffd_selftests.mem_types import ANON, HUGETLB, SHMEM, pmd_size
-from uffd_selftests.memory import (
-    MAP_ANONYMOUS,
-    MAP_FIXED,
-    MAP_NORESERVE,
-    MAP_PRIVATE,
-    MAP_SHARED,
-    PAGE_SIZE,
-    PROT_NONE,
-    PROT_READ,
-    PROT_WRITE,
-    KernelError,
-    Range,
-    checked,
-    keep_small,
-    map_memory,
-    poke,
-)
-from uffd_selftests.native import lib
-from uffd_selftests.starving import Request, expect_refused
-from uffd_selftests.uapi import Feature, MoveMode
+    ANON, DEFAULT_FLAGS, HUGETLB, MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, MINOR, MINOR_FAULTS,
+    MISSING, PAGE_SIZE, PROT_NONE, PROT_READ, PROT_WRITE, SHMEM, UNTOUCHED, WP, Context, Feature, KernelError, MoveMode,
+    Range, Request, Skip, Uffd, checked, expect_refused, keep_small, lib, map_memory, pmd_size, poke, uapi,
+)  # fmt: skip
 
 READ_WRITE = PROT_READ | PROT_WRITE
 DIRECTORY = pmd_size() * (PAGE_SIZE // 8)

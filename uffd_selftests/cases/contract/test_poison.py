@@ -9,49 +9,14 @@ from errno import EAGAIN, EEXIST, EFAULT, EINVAL, ENOENT, ENOMEM, ESRCH
 from functools import partial
 from signal import SIGBUS, SIGSEGV
 
-from uffd_selftests import syscalls, uapi
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    MINOR,
-    MISSING,
-    UNTOUCHED,
-    WP,
-    Context,
-    Pagemap,
-    Skip,
-    Uffd,
-    bad_ranges,
-    expect,
-    fails,
-    held_up,
-    huge_area,
-    promise,
-    refuses,
-)
-from uffd_selftests.mem_types import ALL, ANON, FILE_BACKED, HUGETLB, HUGETLB_PRIVATE, PRIVATE, SHMEM, SHMEM_PRIVATE
-from uffd_selftests.memory import (
-    EHWPOISON,
-    PAGE_SIZE,
-    PROT_NONE,
-    PROT_READ,
-    PROT_WRITE,
-    AccessError,
-    Advice,
-    KernelError,
-    Range,
-    Trap,
-    advise,
-    errno_name,
-    peek,
-    pmd_mapped,
-    poke,
-    protect,
-    read_only,
-    remap,
-    unmap,
-)
-from uffd_selftests.processes import Child, faulting, orphaned, undisturbed, unread_event
-from uffd_selftests.uapi import Feature, PagefaultFlag, PoisonMode
+    ALL, ANON, EHWPOISON, FILE_BACKED, HUGETLB, HUGETLB_PRIVATE, MINOR, MISSING, PAGE_SIZE, PRIVATE, PROT_NONE,
+    PROT_READ, PROT_WRITE, SHMEM, SHMEM_PRIVATE, UNTOUCHED, WP, AccessError, Advice, Child, Context, Feature,
+    KernelError, PagefaultFlag, Pagemap, PoisonMode, Range, Skip, Trap, Uffd, advise, bad_ranges, errno_name, expect,
+    fails, faulting, held_up, huge_area, orphaned, peek, pmd_mapped, poke, promise, protect, read_only, refuses, remap,
+    syscalls, uapi, undisturbed, unmap, unread_event,
+)  # fmt: skip
 
 MARKERS = Feature.POISON | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_UNPOPULATED
 

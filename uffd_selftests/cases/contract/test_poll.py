@@ -14,29 +14,12 @@ from errno import ENOSYS
 from functools import partial
 from select import EPOLLET, POLLERR, POLLIN, POLLNVAL, POLLOUT, POLLPRI, POLLRDNORM
 
-from uffd_selftests import syscalls
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    DEADLINE,
-    DEFAULT_FLAGS,
-    MINOR,
-    MINOR_FAULTS,
-    MISSING,
-    UNREGISTERED,
-    WP,
-    WRITEPROTECT,
-    Context,
-    Skip,
-    Uffd,
-    eventually,
-    expect,
-    expect_modes,
-    promise,
-)
-from uffd_selftests.mem_types import ALL, ANON, HUGETLB, SHMEM
-from uffd_selftests.memory import KernelError, peek, poke
-from uffd_selftests.processes import Channel, Child, Waiter, faulting, orphaned, unread_event
-from uffd_selftests.uapi import Feature
+    ALL, ANON, DEADLINE, DEFAULT_FLAGS, HUGETLB, MINOR, MINOR_FAULTS, MISSING, SHMEM, UNREGISTERED, WP, WRITEPROTECT,
+    Channel, Child, Context, Feature, KernelError, Skip, Uffd, Waiter, eventually, expect, expect_modes, faulting,
+    orphaned, peek, poke, promise, syscalls, unread_event,
+)  # fmt: skip
 
 BLOCKING = DEFAULT_FLAGS & ~os.O_NONBLOCK
 

@@ -10,44 +10,13 @@ from ctypes import Structure, addressof, create_string_buffer
 from errno import EINVAL, ENOMEM, ESRCH
 from functools import partial
 
-from uffd_selftests import syscalls, uapi
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    MISSING,
-    UNREGISTERED,
-    UNTOUCHED,
-    WP,
-    Context,
-    Skip,
-    Uffd,
-    UffdError,
-    eventually,
-    expect,
-    expect_modes,
-    promise,
-    refuses,
-)
-from uffd_selftests.events import expect_served, outcome
-from uffd_selftests.iouring import IoUring
-from uffd_selftests.mem_types import ALL, ANON, HUGETLB, NOT_HUGETLB, SHMEM, MemType
-from uffd_selftests.memory import (
-    MAP_ANONYMOUS,
-    MAP_FIXED,
-    MAP_PRIVATE,
-    Advice,
-    KernelError,
-    Range,
-    advise,
-    errno_name,
-    expect_bytes,
-    map_memory,
-    peek,
-    poke,
-    touch,
-    unmap,
-)
-from uffd_selftests.processes import Channel, Child, Waiter, faulting, monitored, orphaned, undisturbed
-from uffd_selftests.uapi import Feature, PagefaultFlag
+    ALL, ANON, HUGETLB, MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MISSING, NOT_HUGETLB, SHMEM, UNREGISTERED, UNTOUCHED, WP,
+    Advice, Channel, Child, Context, Feature, IoUring, KernelError, MemType, PagefaultFlag, Range, Skip, Uffd,
+    UffdError, Waiter, advise, errno_name, eventually, expect, expect_bytes, expect_modes, expect_served, faulting,
+    map_memory, monitored, orphaned, outcome, peek, poke, promise, refuses, syscalls, touch, uapi, undisturbed, unmap,
+)  # fmt: skip
 
 WRITE = PagefaultFlag.WRITE
 WITH_KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK

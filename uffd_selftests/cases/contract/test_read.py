@@ -14,31 +14,13 @@ from errno import EAGAIN, EFAULT, EINTR, EINVAL, EOPNOTSUPP
 from functools import partial
 from signal import SIGUSR1
 
-from uffd_selftests import syscalls
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    DEADLINE,
-    DEFAULT_FLAGS,
-    MESSAGE_SIZE,
-    MINOR,
-    MISSING,
-    WP,
-    Context,
-    Fault,
-    Forked,
-    Removed,
-    Uffd,
-    eventually,
-    expect,
-    fails,
-    parse_message,
-    promise,
-)
-from uffd_selftests.iouring import IORING_OP_READ, IOSQE_ASYNC, IoUring
-from uffd_selftests.mem_types import ALL, ANON, HUGETLB, SHMEM
-from uffd_selftests.memory import PAGE_SIZE, Advice, advise, errno_name, expect_bytes, peek, poke, remap, unmap
-from uffd_selftests.processes import Channel, Child, Waiter, faulting, handled
-from uffd_selftests.uapi import Event, Feature, PagefaultFlag
+    ALL, ANON, DEADLINE, DEFAULT_FLAGS, HUGETLB, IORING_OP_READ, IOSQE_ASYNC, MESSAGE_SIZE, MINOR, MISSING, PAGE_SIZE,
+    SHMEM, WP, Advice, Channel, Child, Context, Event, Fault, Feature, Forked, IoUring, PagefaultFlag, Removed, Uffd,
+    Waiter, advise, errno_name, eventually, expect, expect_bytes, fails, faulting, handled, parse_message, peek, poke,
+    promise, remap, syscalls, unmap,
+)  # fmt: skip
 
 BLOCKING = DEFAULT_FLAGS & ~os.O_NONBLOCK
 REMOVE = Feature.EVENT_REMOVE

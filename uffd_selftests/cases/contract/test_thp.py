@@ -6,23 +6,11 @@ from __future__ import annotations
 from errno import EBUSY, EINVAL
 from functools import partial
 
-from uffd_selftests import uapi
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    MISSING,
-    Context,
-    Pagemap,
-    collapse,
-    expect,
-    fails,
-    promise,
-    require_collapse,
-    small_area,
-)
-from uffd_selftests.mem_types import ANON, SHMEM, Area, pmd_size
-from uffd_selftests.memory import PAGE_SIZE, Advice, advise, peek, pmd_mapped, poke, touch
-from uffd_selftests.processes import faulting, undisturbed
-from uffd_selftests.uapi import PagefaultFlag
+    ANON, MISSING, PAGE_SIZE, SHMEM, Advice, Area, Context, PagefaultFlag, Pagemap, advise, collapse, expect, fails,
+    faulting, peek, pmd_mapped, pmd_size, poke, promise, require_collapse, small_area, touch, uapi, undisturbed,
+)  # fmt: skip
 
 
 def empty_area(ctx: Context) -> Area:

@@ -9,60 +9,14 @@ from errno import EFAULT, EINVAL, ENOENT, ENOMEM
 from functools import partial
 from signal import SIGBUS
 
-from uffd_selftests import uapi
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    MINOR,
-    MISSING,
-    UNREGISTERED,
-    WP,
-    WRITEPROTECT,
-    Context,
-    Pagemap,
-    Uffd,
-    UffdError,
-    bad_ranges,
-    eventually,
-    expect,
-    expect_errno,
-    expect_mappings,
-    expect_modes,
-    huge_area,
-    no_mapping_left,
-    promise,
-    refuses,
-    swap_out,
-)
-from uffd_selftests.files import plain_file
-from uffd_selftests.mem_types import (
-    ALL,
-    ANON,
-    EACH_HUGETLB,
-    HUGETLB,
-    NOT_HUGETLB,
-    SHMEM,
-    SHMEM_PRIVATE,
-)
-from uffd_selftests.memory import (
-    MAP_FIXED,
-    MAP_SHARED,
-    PAGE_SIZE,
-    PROT_READ,
-    Advice,
-    Range,
-    advise,
-    expect_same,
-    keep_small,
-    map_memory,
-    peek,
-    poke,
-    protect,
-    touch,
-    touch_trapped,
-    unmap,
-)
-from uffd_selftests.processes import Waiter, faulting, faulting_pages, orphaned, undisturbed, unread_event
-from uffd_selftests.uapi import CopyMode, Feature, PagefaultFlag
+    ALL, ANON, EACH_HUGETLB, HUGETLB, MAP_FIXED, MAP_SHARED, MINOR, MISSING, NOT_HUGETLB, PAGE_SIZE, PROT_READ, SHMEM,
+    SHMEM_PRIVATE, UNREGISTERED, WP, WRITEPROTECT, Advice, Context, CopyMode, Feature, PagefaultFlag, Pagemap, Range,
+    Uffd, UffdError, Waiter, advise, bad_ranges, eventually, expect, expect_errno, expect_mappings, expect_modes,
+    expect_same, faulting, faulting_pages, huge_area, keep_small, map_memory, no_mapping_left, orphaned, peek,
+    plain_file, poke, promise, protect, refuses, swap_out, touch, touch_trapped, uapi, undisturbed, unmap, unread_event,
+)  # fmt: skip
 
 
 def slept_on(uffd: Uffd) -> int:

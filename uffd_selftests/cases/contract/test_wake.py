@@ -6,26 +6,12 @@ from __future__ import annotations
 from errno import EFAULT, EINVAL
 from functools import partial
 
-from uffd_selftests import uapi
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    MINOR,
-    MISSING,
-    WP,
-    WRITEPROTECT,
-    Context,
-    Skip,
-    Uffd,
-    bad_ranges,
-    eventually,
-    expect,
-    promise,
-    refuses,
-)
-from uffd_selftests.mem_types import ALL, ANON, HUGETLB, HUGETLB_PRIVATE, NOT_HUGETLB, SHMEM
-from uffd_selftests.memory import PAGE_SIZE, Range, peek, poke, unmap, user_space_end
-from uffd_selftests.processes import Waiter, faulting, faulting_pages, orphaned, unread_event
-from uffd_selftests.uapi import CopyMode, Feature, PagefaultFlag
+    ALL, ANON, HUGETLB, HUGETLB_PRIVATE, MINOR, MISSING, NOT_HUGETLB, PAGE_SIZE, SHMEM, WP, WRITEPROTECT, Context,
+    CopyMode, Feature, PagefaultFlag, Range, Skip, Uffd, Waiter, bad_ranges, eventually, expect, faulting,
+    faulting_pages, orphaned, peek, poke, promise, refuses, uapi, unmap, unread_event, user_space_end,
+)  # fmt: skip
 
 FOUR_GIB = 1 << 32
 """A length that is nothing to who counts in 32 bits; for the kernel's own wakes, length 0 is everybody."""

@@ -7,54 +7,15 @@ import os
 from errno import EAGAIN, EEXIST, EFAULT, EINVAL, ENOENT, ENOMEM, ESRCH
 from signal import SIGBUS, SIGSEGV
 
-from uffd_selftests import uapi
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    MINOR,
-    MISSING,
-    UNTOUCHED,
-    WP,
-    Context,
-    Pagemap,
-    Skip,
-    UffdError,
-    bad_ranges,
-    eventually,
-    expect,
-    expect_failed,
-    held_up,
-    promise,
-    refuses,
-)
-from uffd_selftests.mem_types import ALL, ANON, HUGETLB, HUGETLB_PRIVATE, NOT_HUGETLB, SHMEM, SHMEM_PRIVATE
-from uffd_selftests.memory import (
-    MAP_ANONYMOUS,
-    MAP_NORESERVE,
-    MAP_PRIVATE,
-    MAP_SHARED,
-    PAGE_SIZE,
-    PROT_NONE,
-    PROT_READ,
-    PROT_WRITE,
-    Advice,
-    KernelError,
-    Range,
-    advise,
-    errno_name,
-    expect_bytes,
-    mapped,
-    peek,
-    poke,
-    protect,
-    read_only,
-    smaps_bytes,
-    touch,
-    touch_trapped,
-    unmap,
-)
-from uffd_selftests.processes import Channel, faulting, faulting_pages, monitored, orphaned, undisturbed, unread_event
-from uffd_selftests.syscalls import free_bytes, limited_file, stored_bytes
-from uffd_selftests.uapi import Feature, PagefaultFlag, ZeropageMode
+    ALL, ANON, HUGETLB, HUGETLB_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, MINOR, MISSING,
+    NOT_HUGETLB, PAGE_SIZE, PROT_NONE, PROT_READ, PROT_WRITE, SHMEM, SHMEM_PRIVATE, UNTOUCHED, WP, Advice, Channel,
+    Context, Feature, KernelError, PagefaultFlag, Pagemap, Range, Skip, UffdError, ZeropageMode, advise, bad_ranges,
+    errno_name, eventually, expect, expect_bytes, expect_failed, faulting, faulting_pages, free_bytes, held_up,
+    limited_file, mapped, monitored, orphaned, peek, poke, promise, protect, read_only, refuses, smaps_bytes,
+    stored_bytes, touch, touch_trapped, uapi, undisturbed, unmap, unread_event,
+)  # fmt: skip
 
 PRIVATE = (ANON, SHMEM_PRIVATE)
 MARKERS = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_UNPOPULATED

@@ -8,11 +8,10 @@ from functools import partial
 from signal import SIGSEGV
 
 from uffd_selftests.case import Kind, uffd_case
-from uffd_selftests.common import MISSING, UNREGISTERED, Context, Skip, Uffd, expect, expect_modes, promise
-from uffd_selftests.mem_types import NOT_HUGETLB, Area
-from uffd_selftests.memory import Advice, KernelError, Trap, advise, touch_trapped
-from uffd_selftests.processes import faulting, undisturbed
-from uffd_selftests.uapi import Feature
+from uffd_selftests.common import (
+    MISSING, NOT_HUGETLB, UNREGISTERED, Advice, Area, Context, Feature, KernelError, Skip, Trap, Uffd, advise, expect,
+    expect_modes, faulting, promise, touch_trapped, undisturbed,
+)  # fmt: skip
 
 
 def expect_guarded(uffd: Uffd, area: Area, *pages: int) -> None:

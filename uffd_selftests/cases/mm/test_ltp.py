@@ -13,25 +13,12 @@ from contextlib import contextmanager
 from functools import partial
 from signal import SIGBUS
 
-from uffd_selftests import uapi
 from uffd_selftests.case import uffd_case
 from uffd_selftests.common import (
-    MINOR,
-    MISSING,
-    UNREGISTERED,
-    WP,
-    WRITEPROTECT,
-    Context,
-    Fault,
-    Pagemap,
-    Uffd,
-    expect,
-    expect_modes,
-)
-from uffd_selftests.mem_types import ALL, ANON, NOT_HUGETLB, SHMEM, SHMEM_PRIVATE
-from uffd_selftests.memory import PROT_READ, Advice, advise, peek, poke, protect, touch_trapped
-from uffd_selftests.processes import Waiter, faulting
-from uffd_selftests.uapi import Feature, PagefaultFlag
+    ALL, ANON, MINOR, MISSING, NOT_HUGETLB, PROT_READ, SHMEM, SHMEM_PRIVATE, UNREGISTERED, WP, WRITEPROTECT, Advice,
+    Context, Fault, Feature, PagefaultFlag, Pagemap, Uffd, Waiter, advise, expect, expect_modes, faulting, peek, poke,
+    protect, touch_trapped, uapi,
+)  # fmt: skip
 
 OFFSET = 0xF
 """Of the byte in page 1 that is accessed."""

@@ -11,33 +11,10 @@ from signal import SIGSEGV
 
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    MISSING,
-    WP,
-    WRITEPROTECT,
-    Context,
-    Skip,
-    collapse,
-    expect,
-    huge_area,
-    promise,
-    require_collapse,
-)
-from uffd_selftests.mem_types import ALL, ANON, SHMEM, Area, pmd_size
-from uffd_selftests.memory import (
-    PAGE_SIZE,
-    PROT_READ,
-    PROT_WRITE,
-    Advice,
-    KernelError,
-    Range,
-    Trap,
-    advise,
-    pmd_mapped,
-    protect,
-    touch_trapped,
-)
-from uffd_selftests.processes import undisturbed
-from uffd_selftests.tracking import ASYNC, RESTART, SCAN, expect_written, tracked, write
+    ALL, ANON, ASYNC, MISSING, PAGE_SIZE, PROT_READ, PROT_WRITE, RESTART, SCAN, SHMEM, WP, WRITEPROTECT, Advice, Area,
+    Context, KernelError, Range, Skip, Trap, advise, collapse, expect, expect_written, huge_area, pmd_mapped, pmd_size,
+    promise, protect, require_collapse, touch_trapped, tracked, undisturbed, write,
+)  # fmt: skip
 
 
 def expect_read_only(ctx: Context, area: Area, *pages: int) -> None:

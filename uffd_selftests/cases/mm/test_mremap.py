@@ -6,11 +6,10 @@ from __future__ import annotations
 from errno import EFAULT
 
 from uffd_selftests.case import Kind, uffd_case
-from uffd_selftests.common import MISSING, UNREGISTERED, Context, expect, expect_modes, fails, promise
-from uffd_selftests.hugetlb import shared_page_table
-from uffd_selftests.mem_types import HUGETLB, NOT_HUGETLB, Area
-from uffd_selftests.memory import Range, peek, poke, remap, touch_trapped, unmap
-from uffd_selftests.processes import undisturbed
+from uffd_selftests.common import (
+    HUGETLB, MISSING, NOT_HUGETLB, UNREGISTERED, Area, Context, Range, expect, expect_modes, fails, peek, poke, promise,
+    remap, shared_page_table, touch_trapped, undisturbed, unmap,
+)  # fmt: skip
 
 MAPPINGS = (0, 2, 4, 6, 8)
 """The pages that are mapped, each by itself."""

@@ -17,54 +17,15 @@ from functools import partial
 from itertools import product
 from typing import NamedTuple
 
-from uffd_selftests import uapi
 from uffd_selftests.case import Kind, uffd_case
-from uffd_selftests.common import WP, Context, Pagemap, Region, Scan, Skip, Uffd, expect, fails, huge_area, promise
-from uffd_selftests.files import plain_file
-from uffd_selftests.kernel import THP
-from uffd_selftests.mem_types import ALL, ANON, NOT_HUGETLB, SHMEM, Area, default_hugepage_size, pmd_size
-from uffd_selftests.memory import (
-    MAP_ANONYMOUS,
-    MAP_FIXED,
-    MAP_PRIVATE,
-    MAP_SHARED,
-    PAGE_SIZE,
-    PROT_NONE,
-    PROT_READ,
-    PROT_WRITE,
-    Advice,
-    Pattern,
-    Range,
-    advise,
-    expect_same,
-    map_memory,
-    mapped,
-    peek,
-    pmd_mapped,
-    poke,
-    protect,
-    touch,
-    unmap,
-)
-from uffd_selftests.processes import Waiter, undisturbed
-from uffd_selftests.sysv import SHM_HUGETLB, sysv_segment
-from uffd_selftests.tracking import (
-    ASYNC,
-    CHECK,
-    NONE,
-    PRESENT,
-    RESTART,
-    SCAN,
-    WPALLOWED,
-    WRITTEN,
-    Pages,
-    expect_scan,
-    expect_written,
-    regions,
-    tracked,
-    write,
-)
-from uffd_selftests.uapi import PageCategory, PmScanFlag
+from uffd_selftests.common import (
+    ALL, ANON, ASYNC, CHECK, MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MAP_SHARED, NONE, NOT_HUGETLB, PAGE_SIZE, PRESENT,
+    PROT_NONE, PROT_READ, PROT_WRITE, RESTART, SCAN, SHMEM, SHM_HUGETLB, THP, WP, WPALLOWED, WRITTEN, Advice, Area,
+    Context, PageCategory, Pagemap, Pages, Pattern, PmScanFlag, Range, Region, Scan, Skip, Uffd, Waiter, advise,
+    default_hugepage_size, expect, expect_same, expect_scan, expect_written, fails, huge_area, map_memory, mapped, peek,
+    plain_file, pmd_mapped, pmd_size, poke, promise, protect, regions, sysv_segment, touch, tracked, uapi, undisturbed,
+    unmap, write,
+)  # fmt: skip
 
 NO_FLAGS = PmScanFlag(0)
 READ_WRITE = PROT_READ | PROT_WRITE

@@ -12,41 +12,13 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
-from uffd_selftests import uapi
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    UNREGISTERED,
-    WP,
-    WRITEPROTECT,
-    Context,
-    Pagemap,
-    Remapped,
-    Skip,
-    Uffd,
-    expect,
-    expect_modes,
-    swap_out,
-)
-from uffd_selftests.hugetlb import hugepage_file
-from uffd_selftests.kernel import THP
-from uffd_selftests.machine import Sysctl, hugepage_sizes
-from uffd_selftests.mem_types import ANON, NOT_HUGETLB, SHMEM, Area, MemType, default_hugepage_size, pmd_size
-from uffd_selftests.memory import (
-    MAP_NORESERVE,
-    MAP_PRIVATE,
-    MAP_SHARED,
-    PAGE_SIZE,
-    Advice,
-    Range,
-    advise,
-    mapped,
-    peek,
-    poke,
-    remap,
-    touch,
-)
-from uffd_selftests.processes import Waiter, faulting, undisturbed
-from uffd_selftests.uapi import Feature, PagefaultFlag
+    ANON, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, NOT_HUGETLB, PAGE_SIZE, SHMEM, THP, UNREGISTERED, WP, WRITEPROTECT,
+    Advice, Area, Context, Feature, MemType, PagefaultFlag, Pagemap, Range, Remapped, Skip, Sysctl, Uffd, Waiter,
+    advise, default_hugepage_size, expect, expect_modes, faulting, hugepage_file, hugepage_sizes, mapped, peek,
+    pmd_size, poke, remap, swap_out, touch, uapi, undisturbed,
+)  # fmt: skip
 
 
 def move(ctx: Context, area: Area) -> None:

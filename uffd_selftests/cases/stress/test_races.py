@@ -16,44 +16,12 @@ from errno import EAGAIN, EEXIST, ENOENT
 
 from uffd_selftests.case import uffd_case
 from uffd_selftests.common import (
-    DEADLINE,
-    MINOR,
-    MINOR_FAULTS,
-    MISSING,
-    UNREGISTERED,
-    WP,
-    WRITEPROTECT,
-    Action,
-    Context,
-    FaultHandler,
-    Forked,
-    Pagemap,
-    Skip,
-    Uffd,
-    eventually,
-    expect,
-    expect_mappings,
-    expect_modes,
-)
-from uffd_selftests.events import open_userfaultfds
-from uffd_selftests.mem_types import ALL, ANON, NOT_HUGETLB, SHARED, SHMEM, Area
-from uffd_selftests.memory import PAGE_SIZE, PROT_READ, Advice, Range, advise, peek, protect, smaps_fields, unmap
-from uffd_selftests.processes import Channel, Child
-from uffd_selftests.races import (
-    SUCCESS,
-    Outcomes,
-    Race,
-    Racer,
-    adviser,
-    continuer,
-    copier,
-    protector,
-    remapper,
-    run_race,
-    toucher,
-    zeroer,
-)
-from uffd_selftests.uapi import UFFD_USER_MODE_ONLY, Feature, WriteprotectMode
+    ALL, ANON, DEADLINE, MINOR, MINOR_FAULTS, MISSING, NOT_HUGETLB, PAGE_SIZE, PROT_READ, SHARED, SHMEM, SUCCESS,
+    UFFD_USER_MODE_ONLY, UNREGISTERED, WP, WRITEPROTECT, Action, Advice, Area, Channel, Child, Context, FaultHandler,
+    Feature, Forked, Outcomes, Pagemap, Race, Racer, Range, Skip, Uffd, WriteprotectMode, advise, adviser, continuer,
+    copier, eventually, expect, expect_mappings, expect_modes, open_userfaultfds, peek, protect, protector, remapper,
+    run_race, smaps_fields, toucher, unmap, zeroer,
+)  # fmt: skip
 
 KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK
 

@@ -8,49 +8,14 @@ from dataclasses import replace
 from errno import EAGAIN, EBADF, EBUSY, EEXIST, ENOENT, ESRCH
 from pathlib import Path
 
-from uffd_selftests import syscalls
 from uffd_selftests.case import Defect, uffd_case
 from uffd_selftests.common import (
-    MISSING,
-    UNREGISTERED,
-    WP,
-    WRITEPROTECT,
-    Context,
-    Pagemap,
-    Skip,
-    Uffd,
-    UffdError,
-    eventually,
-    expect,
-    expect_modes,
-    huge_area,
-    page_out,
-    require_collapse,
-    small_area,
-)
-from uffd_selftests.mem_types import ANON, HUGETLB, HUGETLB_PRIVATE, NOT_HUGETLB, SHMEM, Area, pmd_size
-from uffd_selftests.memory import PAGE_SIZE, Advice, advise, peek
-from uffd_selftests.native import ffi, lib
-from uffd_selftests.processes import Channel, Child, undisturbed
-from uffd_selftests.races import (
-    COMPANION,
-    SUCCESS,
-    Outcomes,
-    Race,
-    Racer,
-    adviser,
-    copier,
-    mover,
-    protector,
-    run_race,
-    toucher,
-    vm_reader,
-    waker,
-    zeroer,
-)
-from uffd_selftests.syscalls import stored_bytes
-from uffd_selftests.tracking import ASYNC, RESTART
-from uffd_selftests.uapi import Feature, PageCategory
+    ANON, ASYNC, COMPANION, HUGETLB, HUGETLB_PRIVATE, MISSING, NOT_HUGETLB, PAGE_SIZE, RESTART, SHMEM, SUCCESS,
+    UNREGISTERED, WP, WRITEPROTECT, Advice, Area, Channel, Child, Context, Feature, Outcomes, PageCategory, Pagemap,
+    Race, Racer, Skip, Uffd, UffdError, advise, adviser, copier, eventually, expect, expect_modes, ffi, huge_area, lib,
+    mover, page_out, peek, pmd_size, protector, require_collapse, run_race, small_area, stored_bytes, syscalls, toucher,
+    undisturbed, vm_reader, waker, zeroer,
+)  # fmt: skip
 
 KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK
 MPOL_MF_MOVE = 2  # include/uapi/linux/mempolicy.h

@@ -12,54 +12,14 @@ from functools import partial
 from pathlib import Path
 from signal import SIGBUS
 
-from uffd_selftests import syscalls
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    MISSING,
-    WP,
-    WRITEPROTECT,
-    Context,
-    Pagemap,
-    Skip,
-    Uffd,
-    expect,
-    fails,
-    promise,
-    refuses,
-    require_soft_dirty,
-    swap_out,
-)
-from uffd_selftests.hugetlb import hugepage_file
-from uffd_selftests.hwpoison import declared_sound
-from uffd_selftests.iouring import fixed_buffer
-from uffd_selftests.machine import hugepage_sizes, lack_of_hugepages
-from uffd_selftests.mem_types import (
-    ANON,
-    EACH_HUGETLB,
-    PRIVATE,
-    SHMEM_PRIVATE,
-    Area,
-    default_hugepage_size,
-    pmd_size,
-)
-from uffd_selftests.memory import (
-    EHWPOISON,
-    MAP_SHARED,
-    PAGE_SIZE,
-    Advice,
-    KernelError,
-    Range,
-    advise,
-    errno_name,
-    mapped,
-    peek,
-    poke,
-    touch_trapped,
-    unmap,
-)
-from uffd_selftests.processes import Channel, Child, faulting, handled, undisturbed
-from uffd_selftests.tracking import ASYNC, RESTART, two_page_tables
-from uffd_selftests.uapi import PM_SOFT_DIRTY, Feature, PageCategory, PagefaultFlag
+    ANON, ASYNC, EACH_HUGETLB, EHWPOISON, MAP_SHARED, MISSING, PAGE_SIZE, PM_SOFT_DIRTY, PRIVATE, RESTART,
+    SHMEM_PRIVATE, WP, WRITEPROTECT, Advice, Area, Channel, Child, Context, Feature, KernelError, PageCategory,
+    PagefaultFlag, Pagemap, Range, Skip, Uffd, advise, declared_sound, default_hugepage_size, errno_name, expect, fails,
+    faulting, fixed_buffer, handled, hugepage_file, hugepage_sizes, lack_of_hugepages, mapped, peek, pmd_size, poke,
+    promise, refuses, require_soft_dirty, swap_out, syscalls, touch_trapped, two_page_tables, undisturbed, unmap,
+)  # fmt: skip
 
 TRAPPED = PagefaultFlag.WRITE | PagefaultFlag.WP
 HUGEPAGE = default_hugepage_size()

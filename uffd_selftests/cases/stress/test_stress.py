@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-from uffd_selftests import stress
 from uffd_selftests.case import uffd_case
-from uffd_selftests.common import Context
-from uffd_selftests.mem_types import ALL
+from uffd_selftests.common import ALL, Context, stress
 
 
 @uffd_case(

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 from errno import EINVAL
 
-from uffd_selftests import uapi
 from uffd_selftests.case import uffd_case
-from uffd_selftests.common import Uffd, expect, refuses
-from uffd_selftests.uapi import ApiIoctls, Feature
+from uffd_selftests.common import ApiIoctls, Feature, Uffd, expect, refuses, uapi
 
 
 def handshake(via: str) -> None:

@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 from uffd_selftests.case import uffd_case
-from uffd_selftests.common import MISSING, WP, Context, Forked, Remapped, Removed, expect
-from uffd_selftests.mem_types import ALL
-from uffd_selftests.memory import remap
-from uffd_selftests.processes import Child
-from uffd_selftests.uapi import CopyMode, Feature
+from uffd_selftests.common import (
+    ALL, MISSING, WP, Child, Context, CopyMode, Feature, Forked, Remapped, Removed, expect, remap,
+)  # fmt: skip
 
 EVENTS = Feature.EVENT_FORK | Feature.EVENT_REMAP | Feature.EVENT_REMOVE
 

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from uffd_selftests.case import uffd_case
-from uffd_selftests.common import MINOR, WP, Context, Pagemap, Skip, expect
-from uffd_selftests.mem_types import HUGETLB, SHMEM
-from uffd_selftests.memory import Advice, KernelError, advise, errno_name, pmd_mapped
-from uffd_selftests.uapi import ContinueMode, Feature
+from uffd_selftests.common import (
+    HUGETLB, MINOR, SHMEM, WP, Advice, Context, ContinueMode, Feature, KernelError, Pagemap, Skip, advise, errno_name,
+    expect, pmd_mapped,
+)  # fmt: skip
 
 
 def minor(ctx: Context, *, wp: bool = False) -> None:

@@ -7,11 +7,7 @@ from collections.abc import Callable
 from errno import EAGAIN
 
 from uffd_selftests.case import uffd_case
-from uffd_selftests.common import MISSING, Context, Removed, expect, refuses
-from uffd_selftests.mem_types import SHMEM
-from uffd_selftests.memory import Range
-from uffd_selftests.processes import Waiter
-from uffd_selftests.uapi import Feature
+from uffd_selftests.common import MISSING, SHMEM, Context, Feature, Range, Removed, Waiter, expect, refuses
 
 
 @uffd_case(

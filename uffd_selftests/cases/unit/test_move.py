@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from uffd_selftests.case import uffd_case
-from uffd_selftests.common import MISSING, Action, Context, expect, prevent_hugepages, request_hugepages
-from uffd_selftests.mem_types import ANON, pmd_size
-from uffd_selftests.memory import Advice, advise, pmd_mapped
-from uffd_selftests.uapi import Feature, MoveMode
+from uffd_selftests.common import (
+    ANON, MISSING, Action, Advice, Context, Feature, MoveMode, advise, expect, pmd_mapped, pmd_size, prevent_hugepages,
+    request_hugepages,
+)  # fmt: skip
 
 
 def move_all(ctx: Context, unit: int) -> None:

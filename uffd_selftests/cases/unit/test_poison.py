@@ -6,10 +6,7 @@ from __future__ import annotations
 from signal import SIGBUS
 
 from uffd_selftests.case import uffd_case
-from uffd_selftests.common import MISSING, Action, Context, expect
-from uffd_selftests.mem_types import ALL
-from uffd_selftests.memory import touch_trapped
-from uffd_selftests.uapi import Feature, RangeIoctls
+from uffd_selftests.common import ALL, MISSING, Action, Context, Feature, RangeIoctls, expect, touch_trapped
 
 
 @uffd_case("poison", mem=ALL, features=Feature.POISON, pages=4, rows=("PO-01", "PO-07", "PO-09"))

@@ -6,9 +6,9 @@ from __future__ import annotations
 from errno import EINVAL
 
 from uffd_selftests.case import uffd_case
-from uffd_selftests.common import MINOR, MISSING, WP, Context, expect, refuses
-from uffd_selftests.mem_types import ALL, ANON
-from uffd_selftests.uapi import Feature, RangeIoctls, RegisterMode
+from uffd_selftests.common import (
+    ALL, ANON, MINOR, MISSING, WP, Context, Feature, RangeIoctls, RegisterMode, expect, refuses,
+)  # fmt: skip
 
 
 def offered_ioctls(ctx: Context, mode: RegisterMode) -> RangeIoctls:

@@ -6,25 +6,7 @@ from __future__ import annotations
 from signal import SIGBUS
 
 from uffd_selftests.case import uffd_case
-from uffd_selftests.common import MISSING, WP, Action, Context, expect
-from uffd_selftests.mem_types import ALL
-from uffd_selftests.memory import Range, touch_trapped
-from uffd_selftests.processes import Child
-from uffd_selftests.uapi import CopyMode, Feature
-
-
-def expect_sigbus(where: Range, page_size: int, what: str, *, write: bool = False) -> None:
-    """Assert that an access to each page raises SIGBUS at exactly its address."""
-    for page, trap in enumerate(touch_trapped(where, page_size, write=write)):
-        address = where.start + page * page_size
-        if trap is None or (trap.signo, trap.addr) != (SIGBUS, address):
-            raise AssertionError(f"{what}, page {page}: expected SIGBUS with si_addr={address:#x}, got {trap}")
-
-
-def expect_no_signal(where: Range, page_size: int, what: str) -> None:
-    """Assert that a write access to each page goes through."""
-    traps = touch_trapped(where, page_size, write=True)
-    expect([trap for trap in traps if trap], [], what)
+from uffd_selftests.common import ALL, MISSING, WP, Action, Child, Context, CopyMode, Feature, expect, expect_signals
 
 
 def sigbus(ctx: Context, *, wp: bool = False) -> None:
@@ -34,19 +16,20 @@ def sigbus(ctx: Context, *, wp: bool = False) -> None:
     ctx.uffd.register(ctx.dst.range, MISSING | WP if wp else MISSING)
     ctx.src.fill(0, pages)
 
-    expect_sigbus(half, ctx.page_size, "read of a missing page")
+    expect_signals(half, ctx.page_size, SIGBUS, "read of a missing page")
     ctx.uffd.copy(half.start, ctx.src.start, half.len, CopyMode.WP if wp else CopyMode(0))
     ctx.dst.expect_pattern_of(ctx.src, 0, pages)
     if wp:
-        expect_sigbus(half, ctx.page_size, "write to a protected page", write=True)
+        expect_signals(half, ctx.page_size, SIGBUS, "write to a protected page", write=True)
         ctx.uffd.unprotect(half)
-    expect_no_signal(half, ctx.page_size, "signals on writes after the fault was resolved")
+    expect_signals(half, ctx.page_size, None, "write after the fault was resolved", write=True)
     ctx.dst.expect_pattern_of(ctx.src, 0, pages)
     ctx.uffd.expect_no_message()
 
     ctx.dst.release()
     record = {"missing": Action.RECORD, "wp": Action.RECORD, "src": None}
-    with ctx.handler(**record) as handler, Child(lambda _: expect_sigbus(half, ctx.page_size, "read in the child")):
+    child = Child(lambda _: expect_signals(half, ctx.page_size, SIGBUS, "read in the child"))
+    with ctx.handler(**record) as handler, child:
         pass
     expect((handler.stats.messages, handler.stats.fork), (1, 1), "messages, UFFD_EVENT_FORK among them")
 

@@ -6,11 +6,9 @@ from __future__ import annotations
 from contextlib import suppress
 
 from uffd_selftests.case import uffd_case
-from uffd_selftests.common import WP, WRITEPROTECT, Context, Pagemap, expect, pinned
-from uffd_selftests.mem_types import ALL
-from uffd_selftests.memory import Advice, KernelError, advise, poke
-from uffd_selftests.processes import Channel, Child
-from uffd_selftests.uapi import Feature
+from uffd_selftests.common import (
+    ALL, WP, WRITEPROTECT, Advice, Channel, Child, Context, Feature, KernelError, Pagemap, advise, expect, pinned, poke,
+)  # fmt: skip
 
 
 def expect_in_child(ctx: Context, when: str, *, pin: bool = False) -> None:

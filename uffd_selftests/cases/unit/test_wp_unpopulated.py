@@ -4,10 +4,7 @@
 from __future__ import annotations
 
 from uffd_selftests.case import uffd_case
-from uffd_selftests.common import WP, Context, Pagemap
-from uffd_selftests.mem_types import ANON
-from uffd_selftests.memory import Advice, advise, poke
-from uffd_selftests.uapi import Feature
+from uffd_selftests.common import ANON, WP, Advice, Context, Feature, Pagemap, advise, poke
 
 
 @uffd_case(

@@ -6,9 +6,7 @@ from __future__ import annotations
 from errno import EEXIST, EINVAL
 
 from uffd_selftests.case import uffd_case
-from uffd_selftests.common import MISSING, Context, expect, refuses
-from uffd_selftests.mem_types import ALL
-from uffd_selftests.uapi import RangeIoctls
+from uffd_selftests.common import ALL, MISSING, Context, RangeIoctls, expect, refuses
 
 
 @uffd_case("zeropage", mem=ALL, pages=2, rows=("ZP-01", "ZP-03", "ZP-05", "ZP-06"))

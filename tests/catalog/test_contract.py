@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The contract and the cases agree: no row is forgotten, none is invented, and the document is up to date."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from tests.conftest import ROOT
+from uffd_selftests.catalog import contract
+
+DOCUMENT = ROOT / "docs" / "contract.md"
+
+
+def test_every_row_is_checked_or_has_a_reason() -> None:
+    """A row that is cited nowhere is in the table of rows that cannot be checked, and only such a row."""
+    cited = {row for one in contract.declared() for row in one.case.rows}
+    left_out = contract.untested()
+    assert sorted(set(contract.rows()) - cited - set(left_out)) == []
+    assert sorted(cited & set(left_out)) == []
+    assert sorted((cited | set(left_out)) - set(contract.rows())) == []
+
+
+EXPLAINED = {"DM-02"}
+"""Contradictions that later documents explain: the address is exact with UFFD_FEATURE_EXACT_ADDRESS, else rounded."""
+
+
+def test_every_contradiction_has_a_defect() -> None:
+    """Rows of kind X, unless left out, are asserted by a case whose failure is expected."""
+    excused = {row for one in contract.declared() if one.case.defect for row in one.case.rows}
+    wanted = {row.id for row in contract.rows().values() if row.kind == "X"} - set(contract.untested()) - EXPLAINED
+    assert sorted(wanted - excused) == []
+
+
+def test_declarations_are_sound() -> None:
+    """Names are unique, and fit into KTAP; promises are sentences; each case, stress apart, cites a row."""
+    found = contract.declared()
+    assert [name for name, count in Counter(one.case.name for one in found).items() if count > 1] == []
+    assert [one.case.name for one in found if not one.promise.endswith(".")] == []
+    assert [one.case.name for one in found if "#" in one.case.name] == []
+    assert [one.case.name for one in found if not one.case.rows and "/stress/" not in one.path] == []
+
+
+def test_document_is_up_to_date() -> None:
+    """docs/contract.md is what the declarations make of it."""
+    assert DOCUMENT.read_text() == contract.document(), "python -m uffd_selftests.catalog.contract > docs/contract.md"

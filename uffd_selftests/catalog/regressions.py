@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The bugs as a document: each one, and the cases that look for it.
+
+``python -m uffd_selftests.catalog.regressions > docs/regressions.md`` writes it from the declarations of the cases.
+"""
+
+from __future__ import annotations
+
+from uffd_selftests.catalog.bugs import Bug, known_bugs, untested
+from uffd_selftests.catalog.contract import Declared, declared, gate
+
+DISTRIBUTIONS = (
+    "## Where they were seen",
+    "",
+    "The whole suite, once each, on kernels that Debian ships. These bugs are its only failures there; what is a known",
+    "defect of newer kernels, too, is an expected failure, and listed at the end of [contract.md](contract.md).",
+    "",
+    "| kernel | package | bugs | failing cases |",
+    "|---|---|---|---|",
+    "| 6.1.192 | linux-image-6.1.0-56-amd64 6.1.192-2 | 6 | `event-output-field`, `continue-beside-remap`,"
+    " `race-fills-events`, `race-fills-remaps` |",
+    "| | | 55 | `thp-collapse-hole` on shmem |",
+    "| | | 56 | `writeprotect-soft-dirty` on shmem |",
+    "| | | 57 | `writeprotect-no-table` on shmem |",
+    "| | | 58 | `wp-fork`, `writeprotect-fork` on hugetlb-private |",
+    "| 6.12.117 | linux-image-6.12.117+deb12-amd64 6.12.117-1~deb12u1 | none | |",
+)
+
+SHOWS = {"D": "every time", "R": "in a race", "K": "in the log"}
+
+
+def cases_by_bug() -> dict[int, list[Declared]]:
+    """Return the cases that cite each bug."""
+    found: dict[int, list[Declared]] = {}
+    for one in declared():
+        for number in one.case.bugs:
+            found.setdefault(number, []).append(one)
+    return found
+
+
+def document() -> str:
+    """Return docs/regressions.md."""
+    table, left_out, by_bug = known_bugs(), untested(), cases_by_bug()
+    lines = [
+        "# Kernel bugs as regression cases",
+        "",
+        "Bugs of userfaultfd that were met in the field: the releases that have them, the change that fixed them, what",
+        "a user of a broken kernel sees, and the cases that look for them. Made from `uffd_selftests/catalog/bugs.txt`",
+        "and the declarations of the cases by `python -m uffd_selftests.catalog.regressions > docs/regressions.md`;",
+        "do not edit.",
+        "",
+        f"{len(table)} bugs; cases look for {len(by_bug)} of them, not for {len(left_out)}, with the reason given.",
+        "",
+        "A bug shows *every time*, *in a race* now and then, or *in the log* of the kernel alone, which the harness",
+        "reads after each case. The case of a race does a fixed amount of work: when it passes, the bug is unlikely,",
+        "not disproved. Stable kernels may have a fix although their release is among the affected ones. The case of a",
+        "bug that leaves a process which nothing can end (*may hang the kernel*) runs last, and only with",
+        "`--may-hang-kernel`.",
+        "",
+        "| bug | affected | fixed by | what a user sees | shows | memory types | gate | cases |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [_line(bug, by_bug.get(bug.number, []), left_out.get(bug.number, "")) for bug in table.values()]
+    lines += ["", *DISTRIBUTIONS]
+    return "\n".join([*lines, ""])
+
+
+def _line(bug: Bug, checks: list[Declared], reason: str) -> str:
+    mem = ", ".join(dict.fromkeys(mem.name for check in checks for mem in check.case.mem))
+    gates = "<br>".join(dict.fromkeys(filter(None, (_gate(check) for check in checks))))
+    names = "<br>".join(f"`{check.case.name}`" for check in checks) or f"*none: {reason}*"
+    cells = (str(bug.number), bug.affected, bug.fix, bug.effect, SHOWS[bug.shows], mem, gates, names)
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _gate(check: Declared) -> str:
+    return ", ".join(filter(None, (gate(check.case), "may hang the kernel" if check.case.may_hang_kernel else "")))
+
+
+if __name__ == "__main__":
+    print(document(), end="")

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What a case can need of the kernel, why it is missing and how to get it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from uffd_selftests.abi.uapi import Feature
+from uffd_selftests.machine.facts import AS_ROOT, DEVICE, THP, Facts
+
+
+def no_userfaultfd(facts: Facts) -> str | None:
+    """Return why no userfaultfd can be had at all, in any way."""
+    if None in facts.access.values():
+        return None
+    return f"{_syscall_reason(facts)}; {_device_reason(facts)}"
+
+
+def missing_features(facts: Facts, wanted: Feature) -> list[str]:
+    """Return one reason for each wanted feature that cannot be enabled."""
+    if nothing := no_userfaultfd(facts):
+        return [nothing] if wanted else []
+    bits = [Feature(1 << bit) for bit in range(int(wanted).bit_length()) if int(wanted) >> bit & 1]
+    reasons = [_lacking(bit) for bit in bits if not bit & facts.features]
+    if wanted & facts.features & Feature.EVENT_FORK and facts.event_fork:
+        reasons.append(f"{Feature.EVENT_FORK}: {facts.event_fork}: {_capability_remedy(facts, 'CAP_SYS_PTRACE')}")
+    return reasons
+
+
+def _lacking(feature: Feature) -> str:
+    return f"kernel lacks {feature}" + (f" (Linux {feature.since})" if feature.since else "")
+
+
+def _syscall_reason(facts: Facts) -> str | None:
+    """Return why userfaultfd(2) does not work, not even for faults in user mode only."""
+    name = facts.access["syscall-user-mode-only"]
+    if facts.access["syscall"] is None or name is None:
+        return None
+    if name == "EINVAL":  # before Linux 5.11: no UFFD_USER_MODE_ONLY
+        return _kernel_faults_reason(facts)
+    if name == "ENOSYS" and facts.unprivileged_userfaultfd is None and not facts.seccomp:
+        return "userfaultfd(2): ENOSYS: boot a kernel with CONFIG_USERFAULTFD"
+    if name in ("ENOSYS", "EPERM"):  # the kernel itself refuses nobody who asks for faults in user mode only
+        return f"userfaultfd(2): {name}: forbidden by a seccomp filter: allow userfaultfd in the container's profile"
+    return f"userfaultfd(2): {name}"
+
+
+def _device_reason(facts: Facts) -> str | None:
+    name = facts.access["device"]
+    if name is None:
+        return None
+    remedies = {
+        "ENOENT": "needs Linux 6.1, and a container needs --device /dev/userfaultfd",
+        "EPERM": "the container's device rules forbid it: --device /dev/userfaultfd",
+        "EACCES": f"{AS_ROOT}, or setfacl -m u:$USER:rw {DEVICE}",
+    }
+    return f"{DEVICE}: {name}" + (f": {remedies[name]}" if name in remedies else "")
+
+
+def _kernel_faults_reason(facts: Facts) -> str | None:
+    """Return why faults that the kernel itself meets (read(2) into a missing page) cannot be handled."""
+    name = facts.access["syscall"]
+    if name is None or facts.access["device"] is None:
+        return None
+    if name == "EPERM" and facts.unprivileged_userfaultfd == 0:
+        return f"vm.unprivileged_userfaultfd is 0: {AS_ROOT}, or set it to 1, or get access to {DEVICE}"
+    return no_userfaultfd(facts) or f"userfaultfd(2): {name}"
+
+
+def _swap_reason(facts: Facts) -> str | None:
+    return None if facts.swap_total else "no swap space: swapon a file or a zram device"
+
+
+def _thp_reason(facts: Facts) -> str | None:
+    if not facts.pmd_size:
+        return "no transparent huge pages: boot a kernel with CONFIG_TRANSPARENT_HUGEPAGE"
+    if facts.thp["enabled"] == "never":
+        return f"transparent huge pages are off: echo madvise > {THP}/enabled"
+    return "transparent huge pages are off for this process (PR_SET_THP_DISABLE)" if facts.thp_disabled else None
+
+
+def _hugetlb_reason(facts: Facts) -> str | None:
+    return None if facts.hugepage_size else "no huge pages: boot a kernel with CONFIG_HUGETLBFS"
+
+
+def _capability_reason(facts: Facts, name: str) -> str | None:
+    if name in facts.capabilities and not facts.user_namespace:
+        return None
+    return _capability_remedy(facts, name)
+
+
+def _capability_remedy(facts: Facts, name: str) -> str:
+    where = " outside of the container" if facts.user_namespace else ""
+    return f"needs {name}, {AS_ROOT}{where}"
+
+
+REQUIREMENTS: dict[str, Callable[[Facts], str | None]] = {
+    "syscall": _syscall_reason,
+    "device": _device_reason,
+    "kernel_faults": _kernel_faults_reason,
+    "gup_test": lambda facts: facts.gup_test,
+    "hugetlb": _hugetlb_reason,
+    "pagemap": lambda facts: facts.pagemap,
+    "pagemap_scan": lambda facts: facts.pagemap_scan,
+    "swap": _swap_reason,
+    "thp": _thp_reason,
+    "cap_sys_admin": lambda facts: _capability_reason(facts, "CAP_SYS_ADMIN"),
+    "cap_sys_ptrace": lambda facts: _capability_reason(facts, "CAP_SYS_PTRACE"),
+}
+"""What a case can need beside features: each name with the function that returns the reason why it is missing."""
