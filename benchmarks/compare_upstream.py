@@ -102,10 +102,11 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def run_upstream(program: Path, timeout: float) -> Run:
+def run_upstream(program: Path, timeout: float, *, one_cpu: bool) -> Run:
     """Run the C program until a run is complete, ATTEMPTS times at most."""
+    command = [*(["taskset", "-c", str(min(os.sched_getaffinity(0)))] if one_cpu else []), str(program)]
     for attempt in range(1, ATTEMPTS + 1):
-        result = run(UPSTREAM, [str(program)], timeout)
+        result = run(UPSTREAM, command, timeout)
         if result.complete:
             break
         last = list(result.verdicts)[-1]
@@ -227,6 +228,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed runs of each (5; 0: verdicts only)")
     parser.add_argument("-n", "--workers", type=int, default=0, metavar="N", help="also time ours with N workers")
+    parser.add_argument(
+        "--one-cpu", action="store_true", help="keep upstream's program on one processor, where it is at its best"
+    )
     parser.add_argument("--kernel-tree", type=Path, metavar="PATH", help="build upstream's program from this tree")
     parser.add_argument("--build-dir", type=Path, metavar="DIR", help="keep the program here, and use the one there")
     parser.add_argument("--ours", default=shlex.quote(str(OURS)), metavar="CMD", help="our command (run_tests.sh)")
@@ -242,7 +246,7 @@ def contenders(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str,
     """Return our command lines, restricted to upstream's results, by their labels."""
     command = shlex.split(arguments.ours)
     for name in names:
-        command += ["-f", name if " on " in name else name.partition(" (")[0]]
+        command += ["-f", f"={name}"]
     found = {"ours": command}
     if arguments.workers:
         found[f"ours -n {arguments.workers}"] = [*command, "-n", str(arguments.workers)]
@@ -251,7 +255,7 @@ def contenders(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str,
 
 def compare(arguments: argparse.Namespace, program: Path) -> int:
     """Do the comparison and print it; return the exit code."""
-    warm = run_upstream(program, arguments.timeout)
+    warm = run_upstream(program, arguments.timeout, one_cpu=arguments.one_cpu)
     commands = contenders(arguments, list(warm.verdicts))
     first = [(warm, run(label, command, arguments.timeout)) for label, command in commands.items()]
     timed = []
@@ -259,7 +263,8 @@ def compare(arguments: argparse.Namespace, program: Path) -> int:
         for label, command in commands.items():
             if sys.stderr.isatty():
                 print(f"\rround {number} of {arguments.rounds}: {label}\033[K\r", end="", file=sys.stderr, flush=True)
-            timed.append((run_upstream(program, arguments.timeout), run(label, command, arguments.timeout)))
+            theirs = run_upstream(program, arguments.timeout, one_cpu=arguments.one_cpu)
+            timed.append((theirs, run(label, command, arguments.timeout)))
     found = compare_verdicts(first + timed)
     print_verdicts(*first[0], found)
     if whole := [pair for pair in timed if pair[0].complete and pair[1].complete]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -148,3 +149,10 @@ def test_closed_streams(closed: str, code: int, err: str, way: str) -> None:
     run = subprocess.run(["sh", "-c", call], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (code, err)
     assert ("\nok 1 api-answer\n" in run.stdout) == (code == 0)
+
+
+def test_what_other_runs_are_told_of_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run elsewhere chooses the scale of its deadlines unless it was given one: this process says none."""
+    monkeypatch.delenv("UFFD_DEADLINE_SCALE", raising=False)
+    assert command.main(["--kernel", "/nowhere"]) == 2
+    assert "UFFD_DEADLINE_SCALE" not in os.environ

@@ -47,7 +47,8 @@ def parser() -> Parser:
     add = result.add_argument
     add("-l", "--list", action="store_true", help="list the results that a run would produce")
     add("-f", "--filter", action="append", default=[], metavar="SUBSTR",
-        help="only cases whose name has SUBSTR, or results if it has ' on ' (can be repeated)")  # fmt: skip
+        help="only cases with SUBSTR in their name, or results if it has ' on ', or just =NAME (repeatable)",
+    )  # fmt: skip
     add("-k", dest="keyword", metavar="EXPR", help="only results that pytest's -k would choose: 'move and not hugetlb'")
     add("-n", dest="workers", metavar="N", type=_workers, default="0", help="run in N processes, or auto")
     add("-o", "--output", metavar="DIR", type=Path, help=f"write {', '.join(FILES)} into DIR")
@@ -107,19 +108,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         try:
             _check_streams()
-            _set_scale(args)
             launcher = _launcher(args, stack) if _is_plain(args, passed) else None  # before anything else loads pytest
             _check(args, passed)
         except ValueError as error:
             print(f"{PROGRAM}: {error}", file=sys.stderr)  # which may be closed, too
             return EXIT_USAGE
         return _main(args, passed, launcher)
-
-
-def _set_scale(args: argparse.Namespace) -> None:
-    """Tell common.py, which the launcher is about to load, how long everything may take; raises ValueError."""
-    scale = next(each for each in OPTIONS if each.name == "deadline_scale")
-    os.environ[scale.variable] = f"{scale.value(args.deadline_scale):g}"
 
 
 def _is_plain(args: argparse.Namespace, passed: list[str]) -> bool:
@@ -129,7 +123,12 @@ def _is_plain(args: argparse.Namespace, passed: list[str]) -> bool:
 
 
 def _launcher(args: argparse.Namespace, stack: contextlib.ExitStack) -> Launcher | Launchpad | None:
-    """Start the process that starts the cases, or those that do, while this one is small: without pytest."""
+    """Start the process that starts the cases, or those that do, while this one is small: without pytest.
+
+    Raises ValueError for a bad option of the command line.
+    """
+    scale = next(each for each in OPTIONS if each.name == "deadline_scale")
+    os.environ[scale.variable] = f"{scale.value(args.deadline_scale):g}"  # for common.py, which is about to be loaded
     from uffd_selftests.harness.launcher import Launcher  # noqa: PLC0415  # --help does without
     from uffd_selftests.harness.launchpad import Launchpad  # noqa: PLC0415
     from uffd_selftests.harness.plain import Cases  # noqa: PLC0415

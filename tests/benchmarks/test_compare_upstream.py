@@ -35,10 +35,16 @@ def test_same_verdicts(tmp_path: Path) -> None:
 
 
 def test_selection(tmp_path: Path) -> None:
-    """Ours is told to run what upstream has: by result, or by case where the result has no memory type."""
+    """Ours is told to run what upstream has: by the names of its results."""
     compare(tmp_path, LINES, OURS)
-    names = ["UFFDIO_API", "UFFDIO_API", "zeropage on anon", "wp-fork-pin on shmem", "poison on hugetlb-private"]
-    expected = [argument for name in names for argument in ("-f", name)] + ["-n", "2"]
+    names = [
+        "UFFDIO_API (with syscall)",
+        "UFFDIO_API (with /dev/userfaultfd)",
+        "zeropage on anon",
+        "wp-fork-pin on shmem",
+        "poison on hugetlb-private",
+    ]
+    expected = [argument for name in names for argument in ("-f", f"={name}")] + ["-n", "2"]
     assert (tmp_path / "arguments").read_text().splitlines() == expected
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The userfaultfd user-space API up to Linux 7.3, independent of the installed kernel headers.
 
-Every number is that of <linux/userfaultfd.h>, and of <linux/fs.h> for PAGEMAP_SCAN; tests/test_uapi.py compares them
-with the headers at hand.  A mask keeps bits it does not know, so that a newer kernel's answer survives.  Addresses and
-lengths are in bytes, all integers are in the machine's byte order.
+Every number is that of <linux/userfaultfd.h>, and of <linux/fs.h> for PAGEMAP_SCAN; tests/abi/test_uapi.py compares
+them with the headers at hand.  A mask keeps bits it does not know, so that a newer kernel's answer survives.
+Addresses and lengths are in bytes, all integers are in the machine's byte order.
 """
 
 # The structures are named as in C.

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, passed: list[str], launcher: Launcher | Launch
     if message:
         sys.stderr.write(f"{PROGRAM}: {message}\n")
     if quiet and code == EXIT_FAILED and witness.broken:
-        sys.stderr.write(_tail(output))
+        sys.stderr.write(_tail(witness.details, output))
     return code
 
 
@@ -101,7 +101,7 @@ def _pytest_arguments(args: argparse.Namespace, passed: list[str], ktap_fd: int)
         if args.data_only:
             yield "--report-data-only"
     if not passed:
-        yield from ("--progress", "--assert=plain")  # the launcher knows nothing of pytest's asserts
+        yield from ("--brief", "--assert=plain")  # the launcher knows nothing of pytest's asserts
         for name in UNUSED:
             yield from ("-p", f"no:{name}")
     if not paths:
@@ -122,6 +122,8 @@ class _Witness:
         self.config: pytest.Config | None = None
         self.broken = ""
         """Why pytest itself could not go on."""
+        self.details = ""
+        """What it has to say about that."""
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_configure(self, config: pytest.Config) -> None:
@@ -135,13 +137,15 @@ class _Witness:
     @pytest.hookimpl
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """Remember that cases cannot be collected."""
-        if report.failed:
-            self.broken = self.broken or f"cannot collect {report.nodeid}"
+        if report.failed and not self.broken:
+            self.broken, self.details = f"cannot collect {report.nodeid}", report.longreprtext
 
     @pytest.hookimpl
     def pytest_internalerror(self, excrepr: object) -> None:
         """Remember a defect of pytest or of the harness."""
-        self.broken = self.broken or f"internal error: {str(excrepr).strip().splitlines()[-1]}"
+        if not self.broken:
+            self.details = str(excrepr).strip()
+            self.broken = f"internal error: {self.details.splitlines()[-1]}"
 
 
 def _judge(status: int, witness: _Witness, args: argparse.Namespace) -> tuple[int, str]:
@@ -176,7 +180,8 @@ def _selection(args: argparse.Namespace) -> list[str]:
     return chosen or ["arguments behind --"]
 
 
-def _tail(output: int) -> str:
-    """Return the last lines that pytest wrote."""
-    lines = os.pread(output, os.fstat(output).st_size, 0).decode(errors="replace").splitlines(keepends=True)
-    return "".join(lines[-OUTPUT_TAIL:])
+def _tail(details: str, output: int) -> str:
+    """Return the last lines of what pytest had to say, and of what was printed while it ran."""
+    printed = os.pread(output, os.fstat(output).st_size, 0).decode(errors="replace")
+    lines = [*details.splitlines(), *printed.splitlines()]
+    return "".join(f"{line}\n" for line in lines[-OUTPUT_TAIL:])

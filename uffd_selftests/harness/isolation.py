@@ -33,6 +33,7 @@ from enum import Enum, auto
 from functools import partial
 from typing import Protocol
 
+from uffd_selftests.command.interrupts import ENDING
 from uffd_selftests.harness import proc
 from uffd_selftests.harness.channel import Channel, one_way
 
@@ -365,13 +366,21 @@ class Child:
 
 
 def fork() -> int:
-    """Fork as os.fork does, without its warning."""
-    if sys.version_info < (3, 12):
-        return os.fork()
-    with warnings.catch_warnings():
-        # xdist's workers have a second thread, which holds no lock that the child needs.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return os.fork()
+    """Fork as os.fork does, without its warning.
+
+    A signal that ends a run waits until it is over: what a handler raises while os.fork() calls what modules have
+    registered with it (logging's locks) is printed and forgotten.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        if sys.version_info < (3, 12):
+            return os.fork()
+        with warnings.catch_warnings():
+            # xdist's workers have a second thread, which holds no lock that the child needs.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return os.fork()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def end_with(parent: int, number: int = signal.SIGKILL) -> None:

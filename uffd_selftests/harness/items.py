@@ -142,9 +142,7 @@ def may_match(path: Path, settings: Settings) -> bool:
     return any(stem in name or ")" in stem for stem in stems for name in names)
 
 
-def make(
-    collector: CaseFile, name: str, function: Callable[..., None], settings: Settings
-) -> list[CaseItem] | None:
+def make(collector: CaseFile, name: str, function: Callable[..., None], settings: Settings) -> list[CaseItem] | None:
     """Return the items of a plain case that the filters leave; None of one that needs pytest's way."""
     case: Case = getattr(function, ATTRIBUTE)
     arguments = tuple(signature(function).parameters)

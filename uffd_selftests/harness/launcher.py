@@ -149,7 +149,7 @@ class _Server:
 
     def __init__(self, channel: Channel, jobs: Jobs, guarded: Iterable[int], parent: int) -> None:
         os.setpgid(0, 0)
-        signal.signal(signal.SIGTERM, _leave)
+        signal.signal(signal.SIGTERM, leave)
         end_with(parent, signal.SIGTERM)  # not SIGKILL: what a case has started would be left behind
         self._channel = channel
         self._jobs = jobs
@@ -237,6 +237,7 @@ class _Server:
         self._working = self._resting = None
 
 
-def _leave(number: int, _frame: object) -> None:
+def leave(number: int, _frame: object) -> NoReturn:
+    """End in order because of a signal."""
     signal.signal(number, signal.SIG_IGN)  # nothing is to interrupt the clean-up
     raise SystemExit(number)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from uffd_selftests.harness.channel import Channel
 from uffd_selftests.harness.isolation import end_with, fork, kill
-from uffd_selftests.harness.launcher import CLOSE_SECONDS, Launcher, serve
+from uffd_selftests.harness.launcher import CLOSE_SECONDS, Launcher, leave, serve
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -80,7 +80,7 @@ class _Server:
 
     def __init__(self, listener: socket.socket, jobs: Jobs, guarded: Iterable[int], parent: int) -> None:
         os.setpgid(0, 0)
-        signal.signal(signal.SIGTERM, _leave)
+        signal.signal(signal.SIGTERM, leave)
         end_with(parent, signal.SIGTERM)
         self._listener = listener
         self._jobs = jobs
@@ -151,8 +151,3 @@ class _Server:
             os.close(worker)
             del self._workers[worker]
         os.close(launcher)
-
-
-def _leave(number: int, _frame: object) -> NoReturn:
-    signal.signal(number, signal.SIG_IGN)  # nothing is to interrupt the clean-up
-    raise SystemExit(number)

@@ -52,6 +52,8 @@ class Task:
     area_bytes: int
     """Size of each of the two areas of a case that names no number of pages."""
     cpus: frozenset[int]
+    nice: int
+    """How far its process lets others go first (setpriority(2))."""
     hugepages: int
     """How many it takes, if nobody else takes some meanwhile."""
     expected: bool
@@ -237,6 +239,9 @@ class Cases:
         """Make the process ready for a case and return what runs it."""
         assert isinstance(task, Task)
         keep_to(task.cpus)
+        if os.getpriority(os.PRIO_PROCESS, 0) != task.nice:
+            with contextlib.suppress(PermissionError):  # only the privileged can be less nice again
+                os.setpriority(os.PRIO_PROCESS, 0, task.nice)
         if task.captured:
             os.dup2(self._null, 0)
             for capture in self._captures:

@@ -10,6 +10,7 @@ import contextlib
 import gc
 import json
 import os
+import pickle
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -27,7 +28,7 @@ from uffd_selftests.harness.launcher import Launcher
 from uffd_selftests.harness.launchpad import Launchpad
 from uffd_selftests.harness.plain import make_context
 from uffd_selftests.harness.reporter import Reporter
-from uffd_selftests.harness.results import Planned, declaration, skipped_for
+from uffd_selftests.harness.results import LAST, Planned, declaration, skipped_for
 from uffd_selftests.harness.runner import Runner
 from uffd_selftests.harness.settings import Settings, add_options
 from uffd_selftests.harness.steward import TURNS, Steward, hand_in
@@ -43,6 +44,8 @@ STEWARD = pytest.StashKey[Steward]()
 FACTS = pytest.StashKey[Facts]()
 LAUNCHER = pytest.StashKey[Launcher | Launchpad]()
 """Given by whoever had one started before pytest."""
+PACKED = "uffd_packed"
+"""The field of a report on its way that holds all of it."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,7 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Put together what this process needs."""
     config.addinivalue_line("markers", "isolated: run this test in a child process of its own")
     settings = config.stash[SETTINGS] = Settings.of(config)
-    settings.export(progress=settings.progress and config.getoption("dist", "no") == "no" and not _is_worker(config))
+    settings.export(progress=settings.brief and config.getoption("dist", "no") == "no" and not _is_worker(config))
     signals = config.stash[SIGNALS] = Signals()
     config.add_cleanup(signals.close)
     if config.option.collectonly:
@@ -75,7 +78,9 @@ def _be_worker(config: pytest.Config, settings: Settings, given: dict[str, Any])
     facts = config.stash[FACTS] = Facts.from_dict(given["facts"])
     turns = Path(given["folder"]) / TURNS
     number = int(config.workerinput["workerid"].removeprefix("gw"))  # type: ignore[attr-defined]
-    _register(config, Runner(settings, facts, turns=turns, cpu=number, launchpad=given["launchpad"]))
+    _register(
+        config, Runner(settings, facts, turns=turns, cpu=number, launchpad=given["launchpad"], shows=given["shows"])
+    )
 
 
 def _be_first(config: pytest.Config, settings: Settings, signals: Signals) -> None:
@@ -91,7 +96,11 @@ def _be_first(config: pytest.Config, settings: Settings, signals: Signals) -> No
     _register(config, steward)
     if config.getoption("dist", "no") == "no":
         guarded = reporter.descriptors if reporter else ()
-        _register(config, Runner(settings, steward.facts, health=steward.health, guarded=guarded, launcher=launcher))
+        shows = reporter is not None and reporter.shows
+        _register(
+            config,
+            Runner(settings, steward.facts, health=steward.health, guarded=guarded, launcher=launcher, shows=shows),
+        )
 
 
 def _register(config: pytest.Config, part: Reporter | Steward | Runner) -> None:
@@ -115,11 +124,12 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Do not load a file in which no case can pass the filters."""
+    """Do not load a file in which no case can pass the filters; but of one that was named pytest wants to know."""
     settings = config.stash[SETTINGS]
-    if settings.filters and collection_path.suffix == ".py" and not items.may_match(collection_path, settings):
-        return True
-    return None
+    if not settings.filters or collection_path.suffix != ".py" or items.may_match(collection_path, settings):
+        return None
+    named = (Path(argument.partition("::")[0]).resolve() for argument in config.args)
+    return None if collection_path in named else True
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> CaseFile:
@@ -168,12 +178,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     wanted = [item for item in items if _wanted(item, settings)]
     if len(wanted) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if not _wanted(item, settings)])
-    items[:] = sorted(wanted, key=_may_hang_kernel)
+    items[:] = sorted(wanted, key=_lateness)
 
 
-def _may_hang_kernel(item: pytest.Item) -> bool:
+def _lateness(item: pytest.Item) -> tuple[bool, int]:
+    """Tell what comes last: what may hang the kernel, and before that what wants all CPUs, the longest of it first.
+
+    Beside a case that keeps to one CPU the threads of a race have to wait for each other; beside another race less so.
+    And when what comes last is short, no worker waits long for another one.
+    """
     case, _, _ = declaration(item)
-    return case is not None and case.may_hang_kernel
+    return (case.may_hang_kernel, case.smp * (1 if case.stress else 2)) if case else (False, 0)
 
 
 def _wanted(item: pytest.Item, settings: Settings) -> bool:
@@ -229,6 +244,25 @@ def _name_clash(plan: list[Planned]) -> str:
         if other is not planned:
             return f"two results are named {planned.name}: {other.nodeid} and {planned.nodeid}"
     return ""
+
+
+# ---- between xdist's processes -------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_report_to_serializable(report: pytest.CollectReport | pytest.TestReport) -> dict[str, Any] | None:
+    """Pack a report that holds nothing but plain data: execnet takes as long for one field as pickle for all."""
+    return {PACKED: pickle.dumps(vars(report))} if hasattr(report, LAST) and not report.failed else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_report_from_serializable(data: dict[str, Any]) -> pytest.TestReport | None:
+    """Unpack it, with what xdist has added."""
+    if PACKED not in data:
+        return None
+    report = pytest.TestReport.__new__(pytest.TestReport)
+    vars(report).update(pickle.loads(data.pop(PACKED)), **data)
+    return report
 
 
 # ---- what a case can take ------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ import pytest
 
 import uffd_selftests
 from uffd_selftests.harness import ktap
-from uffd_selftests.harness.results import Planned, Result, judge
+from uffd_selftests.harness.results import LAST, Planned, Result, judge
 from uffd_selftests.machine.facts import KMSG
 from uffd_selftests.report.model import FORMAT
 
@@ -59,7 +59,7 @@ class Reporter:
         self._reports: dict[str, list[pytest.TestReport]] = {}
         self._folder = settings.folder
         self._data_only = settings.data_only
-        self._progress = sys.stderr if settings.progress and sys.stderr.isatty() else None
+        self._progress = sys.stderr if settings.brief and sys.stderr.isatty() else None
         self._signals = signals
         self._kmsg = open(KMSG, "w") if settings.kmsg else None  # noqa: SIM115  # open as long as this is
         self._planned = 0
@@ -71,6 +71,11 @@ class Reporter:
         if self._folder:
             self._streams.append((self._folder / "results.tap").open("w"))
         self._ktap = ktap.Writer(*self._streams)
+
+    @property
+    def shows(self) -> bool:
+        """Whether it tells somebody what begins."""
+        return bool(self._kmsg or self._progress)
 
     @property
     def descriptors(self) -> list[int]:
@@ -109,7 +114,7 @@ class Reporter:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keep a report until its test is finished; xdist does not finish a test whose worker died."""
         self._reports.setdefault(report.nodeid, []).append(report)
-        if report.when not in ("setup", "call", "teardown"):
+        if report.when not in ("setup", "call", "teardown") or hasattr(report, LAST):
             self.pytest_runtest_logfinish(report.nodeid)
 
     @pytest.hookimpl

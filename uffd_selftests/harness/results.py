@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 MAX_LINE = 500
 """How much of a line a diagnostic shows."""
 HARNESS = "uffd_selftests/harness/runner.py"
+LAST = "uffd_last"
+"""The attribute of the last of a test's reports, where pytest does not say that the test is finished."""
 MAX_OUTPUT_LINES = 40
 """How much captured output a diagnostic shows: the last lines."""
 

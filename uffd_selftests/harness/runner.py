@@ -18,7 +18,7 @@ from uffd_selftests.harness.health import HugepageUse
 from uffd_selftests.harness.isolation import Ending, How, Isolator, Send
 from uffd_selftests.harness.items import CaseItem
 from uffd_selftests.harness.launcher import Launcher, Order
-from uffd_selftests.harness.results import declaration, place, skipped_for
+from uffd_selftests.harness.results import LAST, declaration, place, skipped_for
 from uffd_selftests.machine.hugepages import lack_of_hugepages
 
 if TYPE_CHECKING:
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 SHOWN = 5
 """How many of the results are named that a process had before one that failed."""
+
+GIVES_WAY = 10
+"""How nice a case with one CPU is beside other workers: what they race for on all CPUs at once, one of them late leaves
+the others idle."""
 
 PHASES = ("setup", "call", "teardown")
 
@@ -54,6 +58,7 @@ class Runner:
         cpu: int = 0,
         launcher: Launcher | None = None,
         launchpad: str = "",
+        shows: bool = False,
     ) -> None:
         self._settings = settings
         self._facts = facts
@@ -67,6 +72,8 @@ class Runner:
         """Where cases run that want a single CPU; another one for each worker."""
         self._given = launcher
         """What is the launcher first; it is smaller than what this process can fork, and knows no pytest."""
+        self._shows = shows
+        """Somebody wants to know what begins, even in a run in which only the results are told."""
         self._launchpad = launchpad
         """Where there are others like that, if anywhere."""
         self._launcher: Launcher | None = None
@@ -164,10 +171,16 @@ class Runner:
         """Run a test in a child and report, or leave it to pytest; hugepages says how many it may take."""
         if not isolate or not self._settings.isolate:
             return None
-        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        for report in self._isolated(item, hugepages=hugepages):
-            item.ihook.pytest_runtest_logreport(report=report)
-        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        hook, brief = item.ihook, self._settings.brief
+        if self._shows or not brief:
+            hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        reports = self._isolated(item, hugepages=hugepages)
+        if brief:
+            reports = _shortened(reports)
+        for report in reports:
+            hook.pytest_runtest_logreport(report=report)
+        if not brief:
+            hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
 
     def _isolated(self, item: pytest.Item, *, hugepages: int) -> list[pytest.TestReport]:
@@ -234,6 +247,7 @@ class Runner:
             mem.name if mem else None,
             item.area_bytes,
             self._cpus_of(case),
+            GIVES_WAY if self._turns and not case.smp else 0,
             gating.hugepages_needed(case, mem, item.area_bytes) if self._health else 0,
             bool(expectation(item)),
             captured=bool(capture) and capture.is_globally_capturing() and not case.stress,  # which shows how far it is
@@ -303,6 +317,14 @@ class Runner:
         runtestprotocol(item, log=True, nextitem=None)
         if not failed:
             plain.send_leaks(send)
+
+
+def _shortened(reports: list[pytest.TestReport]) -> list[pytest.TestReport]:
+    """Leave out what only pytest's own plugins want to know, and say with the last one that it is the last."""
+    if not any(report.failed for report in reports):
+        reports = [report for report in reports if report.when == "call"] or reports
+    setattr(reports[-1], LAST, True)
+    return reports
 
 
 def expectation(item: pytest.Item) -> str:

@@ -143,7 +143,8 @@ class Settings:
     isolate_all: bool
     """Isolate tests that declare no case, too."""
     ktap_fd: int | None
-    progress: bool
+    brief: bool
+    """Nobody reads pytest's own words: only the results are told, with progress if stderr is a terminal."""
     kmsg: bool
     """Note in the kernel log which case begins."""
     may_hang_kernel: bool
@@ -182,7 +183,7 @@ class Settings:
             not option.no_sharing,
             option.isolate_all,
             option.ktap_fd,
-            option.progress,
+            option.brief,
             option.kmsg,
             may_hang_kernel,
             option.list_ids,
@@ -266,7 +267,7 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption("--no-sharing", action="store_true", help="run each result in a process of its own")
     group.addoption("--isolate-all", action="store_true", help="run all tests in child processes, not only cases")
     group.addoption("--ktap-fd", type=int, metavar="FD", help="write KTAP to this descriptor")
-    group.addoption("--progress", action="store_true", help="show what is running if stderr is a terminal")
+    group.addoption("--brief", action="store_true", help="tell results, and progress if stderr is a terminal, only")
     group.addoption("--kmsg", action="store_true", help="note in the kernel log which case begins")
     text = f"{MAY_HANG_KERNEL.help} [{MAY_HANG_KERNEL.variable}]"
     group.addoption(MAY_HANG_KERNEL.flag, action="store_const", const="1", help=text)

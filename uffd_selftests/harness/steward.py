@@ -100,7 +100,12 @@ class Steward:
     def pytest_configure_node(self, node: Any) -> None:
         """Hand an xdist worker what was probed."""
         node.workerinput["uffd"] = json.dumps(
-            {"facts": self.facts.to_dict(), "folder": str(self.folder), "launchpad": self.launchpad}
+            {
+                "facts": self.facts.to_dict(),
+                "folder": str(self.folder),
+                "launchpad": self.launchpad,
+                "shows": self._reporter is not None and self._reporter.shows,
+            }
         )
 
     @pytest.hookimpl(optionalhook=True)

@@ -43,6 +43,7 @@ __all__ = [
     "MOVE",
     "HOLES",
     "DEFAULT_FLAGS",
+    "KERNEL_FAULTS",
     "FdInfo",
     "Uffd",
     "combinations",
@@ -67,6 +68,8 @@ HOLES = MoveMode.ALLOW_SRC_HOLES
 
 DEFAULT_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | uapi.UFFD_USER_MODE_ONLY
 """Flags of a handle unless a case says otherwise: those of upstream, which need no privilege."""
+KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK
+"""Flags of a handle that reports faults of the kernel itself, too: of system calls, of the source of UFFDIO_COPY."""
 
 
 class FdInfo(NamedTuple):

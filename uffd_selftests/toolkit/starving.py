@@ -22,7 +22,7 @@ from uffd_selftests.abi.uapi import PagefaultFlag
 from uffd_selftests.machine.cgroup import MemoryGroup
 from uffd_selftests.toolkit.access import peek, poke, touch
 from uffd_selftests.toolkit.expectations import DEADLINE, Skip, expect
-from uffd_selftests.toolkit.handle import MINOR, MINOR_FAULTS, MISSING, Uffd
+from uffd_selftests.toolkit.handle import KERNEL_FAULTS, MINOR, MINOR_FAULTS, MISSING, Uffd
 from uffd_selftests.toolkit.memory import (
     MAP_ANONYMOUS,
     MAP_PRIVATE,
@@ -43,7 +43,6 @@ __all__ = [
     "TRIES",
     "DONE",
     "RELIEVED",
-    "KERNEL_FAULTS",
     "UNSEEN_SECONDS",
     "Request",
     "Refusal",
@@ -57,7 +56,6 @@ GREED = 512
 TRIES = 5
 DONE = RELIEVED = b"!"
 """Written into the last byte of the argument's page by the child, and into the one before by its parent."""
-KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK
 UNSEEN_SECONDS = DEADLINE / 10
 """How long a request may take whose end does not show in its argument."""
 

@@ -12,13 +12,13 @@ from termios import FIONREAD
 
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, DEFAULT_FLAGS, HUGETLB, MINOR, MISSING, PAGE_SIZE, SHMEM, UFFDIO_API, UFFD_API, UNREGISTERED, UNTOUCHED,
-    WP, ApiIoctls, Context, Feature, MemType, PagefaultFlag, Pagemap, Range, RangeIoctls, Skip, Uffd, UffdError, Waiter,
-    become_nobody, errno_name, eventually, expect, expect_bytes, expect_errno, expect_modes, faulting, lib, outcome,
-    peek, poke, promise, read_only, refuses, run_as, touch_trapped, uapi, without_cap_sys_ptrace,
+    ALL, ANON, DEFAULT_FLAGS, HUGETLB, KERNEL_FAULTS, MINOR, MISSING, PAGE_SIZE, SHMEM, UFFDIO_API, UFFD_API,
+    UNREGISTERED, UNTOUCHED, WP, ApiIoctls, Context, Feature, MemType, PagefaultFlag, Pagemap, Range, RangeIoctls, Skip,
+    Uffd, UffdError, Waiter, become_nobody, errno_name, eventually, expect, expect_bytes, expect_errno, expect_modes,
+    faulting, lib, outcome, peek, poke, promise, read_only, refuses, run_as, touch_trapped, uapi,
+    without_cap_sys_ptrace,
 )  # fmt: skip
 
-KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK
 STRUCT = ctypes.sizeof(uapi.uffdio_api)
 
 SINCE_4_14 = Feature(0x1FE)
@@ -271,9 +271,7 @@ def test_api_event_fork_order() -> None:
 
 def requests() -> dict[str, int]:
     """Return every request of a userfaultfd but UFFDIO_API."""
-    return {
-        name: code for code, name in uapi.IOCTL_NAMES.items() if name.startswith("UFFDIO_") and code != UFFDIO_API
-    }
+    return {name: code for code, name in uapi.IOCTL_NAMES.items() if name.startswith("UFFDIO_") and code != UFFDIO_API}
 
 
 @uffd_case("api-first", mem=(ANON,), pages=2, rows=("API-10",))
@@ -343,9 +341,7 @@ def test_api_features_shown() -> None:
             expect(shown(uffd), with_implied(features), "features in fdinfo")
 
 
-@uffd_case(
-    "api-wp-async", mem=(ANON,), features=Feature.WP_ASYNC, needs=("pagemap",), pages=2, rows=("API-12",)
-)
+@uffd_case("api-wp-async", mem=(ANON,), features=Feature.WP_ASYNC, needs=("pagemap",), pages=2, rows=("API-12",))
 def test_api_wp_async(ctx: Context) -> None:
     """UFFD_FEATURE_WP_ASYNC implies UFFD_FEATURE_WP_UNPOPULATED: anonymous memory is protected without pages too."""
     ctx.uffd.register(ctx.dst.range, WP)

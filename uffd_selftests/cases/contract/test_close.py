@@ -12,15 +12,14 @@ from signal import SIGCHLD, SIGKILL
 
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, DEADLINE, DEFAULT_FLAGS, HUGETLB, MINOR, MISSING, PROT_READ, SHMEM, SHMEM_PRIVATE, UNREGISTERED, WP,
-    WRITEPROTECT, Advice, Channel, Child, Context, Fault, Feature, Forked, PagefaultFlag, Pagemap, Uffd, Waiter, advise,
-    expect, expect_bytes, expect_mappings, expect_modes, faulting, huge_area, long_fill, peek, pmd_mapped, poised, poke,
-    promise, protect, refuses, remap, settle, smaps_fields, swap_out, syscalls, touch, touch_trapped, undisturbed,
-    unmap,
+    ALL, ANON, DEADLINE, DEFAULT_FLAGS, HUGETLB, KERNEL_FAULTS, MINOR, MISSING, PROT_READ, SHMEM, SHMEM_PRIVATE,
+    UNREGISTERED, WP, WRITEPROTECT, Advice, Channel, Child, Context, Fault, Feature, Forked, PagefaultFlag, Pagemap,
+    Skip, Uffd, Waiter, advise, expect, expect_bytes, expect_mappings, expect_modes, faulting, huge_area, long_fill,
+    peek, pmd_mapped, poised, poke, promise, protect, refuses, remap, settle, smaps_fields, swap_out, syscalls, touch,
+    touch_trapped, undisturbed, unmap,
 )  # fmt: skip
 
 BLOCKING = DEFAULT_FLAGS & ~os.O_NONBLOCK
-KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK
 EVENTS = Feature.EVENT_REMOVE | Feature.EVENT_REMAP | Feature.EVENT_UNMAP
 WRITE_TO_PROTECTED = PagefaultFlag.WRITE | PagefaultFlag.WP
 
@@ -50,6 +49,8 @@ def test_close_missing(ctx: Context) -> None:
 @uffd_case("close-under-way", mem=ALL, pages=1, rows=("CL-01",), bugs=(59,), kind=Kind.DETAIL, smp=True)
 def test_close_under_way(ctx: Context) -> None:
     """A fault that comes while the last close waits for the address space is over with it: nobody hears of it."""
+    if len(os.sched_getaffinity(0)) < 2:
+        raise Skip("one processor, which a kernel with bug 59 would keep: let the run have another one")
     uffd, page = ctx.uffd, ctx.dst.page(0)
     uffd.register(page, MISSING)
     with (

@@ -15,16 +15,14 @@ from functools import partial
 
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, DEADLINE, HUGETLB, HUGETLB_PRIVATE, MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED,
-    MISSING, NOT_HUGETLB, PAGE_SIZE, PM_PRESENT, PROT_NONE, PROT_READ, SHMEM, WP, Advice, Context, CopyMode, Feature,
-    MemType, Pagemap, Range, Removed, Skip, Uffd, UffdError, Waiter, advise, default_hugepage_size, errno_name,
+    ALL, ANON, DEADLINE, HUGETLB, HUGETLB_PRIVATE, KERNEL_FAULTS, MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE,
+    MAP_SHARED, MISSING, NOT_HUGETLB, PAGE_SIZE, PM_PRESENT, PROT_NONE, PROT_READ, SHMEM, WP, Advice, Context, CopyMode,
+    Feature, MemType, Pagemap, Range, Removed, Skip, Uffd, UffdError, Waiter, advise, default_hugepage_size, errno_name,
     eventually, expect, expect_same, faulting_pages, free_bytes, held_up, hugepage_sizes, limited_file, map_memory,
     mapped, peek, poke, promise, protect, refuses, stored_bytes, unmap,
 )  # fmt: skip
 
 HUGEPAGE = default_hugepage_size()
-KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK
-"""Flags of a handle that reports faults of the kernel too: UFFDIO_COPY reads its source in the kernel."""
 
 
 @contextmanager

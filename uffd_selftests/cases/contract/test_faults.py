@@ -21,11 +21,6 @@ from uffd_selftests.common import (
 )  # fmt: skip
 
 
-def base_page(address: int) -> int:
-    """The start of the base page."""
-    return address - address % PAGE_SIZE
-
-
 # ---- flags and address ---------------------------------------------------------------------------------------------
 
 

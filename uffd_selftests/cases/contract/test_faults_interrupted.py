@@ -11,14 +11,12 @@ from functools import partial
 
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, DEFAULT_FLAGS, HUGETLB, MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MISSING, PAGE_SIZE, PROT_NONE, PROT_READ,
-    PROT_WRITE, SHMEM, AccessError, Advice, Channel, Child, Context, PagefaultFlag, Range, Trap, Uffd, Waiter, advise,
-    eventually, expect, expect_bytes, faulting, handled, map_memory, peek, poke, promise, protect, refuses, remap,
-    syscalls, unmap,
+    ALL, ANON, DEFAULT_FLAGS, HUGETLB, KERNEL_FAULTS, MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MISSING, PAGE_SIZE,
+    PROT_NONE, PROT_READ, PROT_WRITE, SHMEM, WRITE, AccessError, Advice, Channel, Child, Context, PagefaultFlag, Range,
+    Trap, Uffd, Waiter, advise, eventually, expect, expect_bytes, faulting, handled, map_memory, peek, poke, promise,
+    protect, refuses, remap, syscalls, unmap,
 )  # fmt: skip
 
-KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK
-WRITE = PagefaultFlag.WRITE
 SEGV_MAPERR, SEGV_ACCERR = 1, 2
 
 

@@ -13,12 +13,11 @@ from functools import partial
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
     ALL, ANON, HUGETLB, MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MISSING, NOT_HUGETLB, SHMEM, UNREGISTERED, UNTOUCHED, WP,
-    Advice, Channel, Child, Context, Feature, IoUring, KernelError, MemType, PagefaultFlag, Range, Skip, Uffd,
+    WRITE, Advice, Channel, Child, Context, Feature, IoUring, KernelError, MemType, PagefaultFlag, Range, Skip, Uffd,
     UffdError, Waiter, advise, errno_name, eventually, expect, expect_bytes, expect_modes, expect_served, faulting,
     map_memory, monitored, orphaned, outcome, peek, poke, promise, refuses, syscalls, touch, uapi, undisturbed, unmap,
 )  # fmt: skip
 
-WRITE = PagefaultFlag.WRITE
 WITH_KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK
 """Flags of a handle that serves the kernel's own faults too."""
 

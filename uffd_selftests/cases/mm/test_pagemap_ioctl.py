@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """pagemap_ioctl: writes that are tracked with UFFD_FEATURE_WP_ASYNC, and what PAGEMAP_SCAN says of them.
 
-The promises one by one are in contract/test_async_wp.py; here are the program's sequences, its kinds of memory, its
-walks in parts and its race. Each case has in its name the function of the program that it stands for.
+The promises one by one are in contract/test_async_wp_scan.py; here are the program's sequences, its kinds of memory,
+its walks in parts and its race. Each case has in its name the function of the program that it stands for.
 """
 
 from __future__ import annotations

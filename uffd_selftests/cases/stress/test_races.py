@@ -16,14 +16,12 @@ from errno import EAGAIN, EEXIST, ENOENT
 
 from uffd_selftests.case import uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, DEADLINE, MINOR, MINOR_FAULTS, MISSING, NOT_HUGETLB, PAGE_SIZE, PROT_READ, SHARED, SHMEM, SUCCESS,
-    UFFD_USER_MODE_ONLY, UNREGISTERED, WP, WRITEPROTECT, Action, Advice, Area, Channel, Child, Context, FaultHandler,
-    Feature, Forked, Outcomes, Pagemap, Race, Racer, Range, Skip, Uffd, WriteprotectMode, advise, adviser, continuer,
-    copier, eventually, expect, expect_mappings, expect_modes, open_userfaultfds, peek, protect, protector, remapper,
-    run_race, smaps_fields, toucher, unmap, zeroer,
+    ALL, ANON, DEADLINE, KERNEL_FAULTS, MINOR, MINOR_FAULTS, MISSING, NOT_HUGETLB, PAGE_SIZE, PROT_READ, SHARED, SHMEM,
+    SUCCESS, UFFD_USER_MODE_ONLY, UNREGISTERED, WP, WRITEPROTECT, Action, Advice, Area, Channel, Child, Context,
+    FaultHandler, Feature, Forked, Outcomes, Pagemap, Race, Racer, Range, Skip, Uffd, WriteprotectMode, advise, adviser,
+    continuer, copier, eventually, expect, expect_mappings, expect_modes, open_userfaultfds, peek, protect, protector,
+    remapper, run_race, smaps_fields, toucher, unmap, zeroer,
 )  # fmt: skip
-
-KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK
 
 
 # ---- fills and fills -----------------------------------------------------------------------------------------------

@@ -10,14 +10,13 @@ from pathlib import Path
 
 from uffd_selftests.case import Defect, uffd_case
 from uffd_selftests.common import (
-    ANON, ASYNC, COMPANION, HUGETLB, HUGETLB_PRIVATE, MISSING, NOT_HUGETLB, PAGE_SIZE, RESTART, SHMEM, SUCCESS,
-    UNREGISTERED, WP, WRITEPROTECT, Advice, Area, Channel, Child, Context, Feature, Outcomes, PageCategory, Pagemap,
-    Race, Racer, Skip, Uffd, UffdError, advise, adviser, copier, eventually, expect, expect_modes, ffi, huge_area, lib,
-    mover, page_out, peek, pmd_size, protector, require_collapse, run_race, small_area, stored_bytes, syscalls, toucher,
-    undisturbed, vm_reader, waker, zeroer,
+    ANON, ASYNC, COMPANION, HUGETLB, HUGETLB_PRIVATE, KERNEL_FAULTS, MISSING, NOT_HUGETLB, PAGE_SIZE, RESTART, SHMEM,
+    SUCCESS, UNREGISTERED, WP, WRITEPROTECT, Advice, Area, Channel, Child, Context, Feature, Outcomes, PageCategory,
+    Pagemap, Race, Racer, Skip, Uffd, UffdError, advise, adviser, copier, eventually, expect, expect_modes, ffi,
+    huge_area, lib, mover, page_out, peek, pmd_size, protector, require_collapse, run_race, small_area, stored_bytes,
+    syscalls, toucher, undisturbed, vm_reader, waker, zeroer,
 )  # fmt: skip
 
-KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK
 MPOL_MF_MOVE = 2  # include/uapi/linux/mempolicy.h
 
 

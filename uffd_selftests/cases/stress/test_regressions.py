@@ -15,13 +15,12 @@ from signal import SIGBUS
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
     ANON, ASYNC, EACH_HUGETLB, EHWPOISON, MAP_SHARED, MISSING, PAGE_SIZE, PM_SOFT_DIRTY, PRIVATE, RESTART,
-    SHMEM_PRIVATE, WP, WRITEPROTECT, Advice, Area, Channel, Child, Context, Feature, KernelError, PageCategory,
-    PagefaultFlag, Pagemap, Range, Skip, Uffd, advise, declared_sound, default_hugepage_size, errno_name, expect, fails,
-    faulting, fixed_buffer, handled, hugepage_file, hugepage_sizes, lack_of_hugepages, mapped, peek, pmd_size, poke,
-    promise, refuses, require_soft_dirty, swap_out, syscalls, touch_trapped, two_page_tables, undisturbed, unmap,
+    SHMEM_PRIVATE, TRAPPED, WP, WRITEPROTECT, Advice, Area, Channel, Child, Context, Feature, KernelError, PageCategory,
+    Pagemap, Range, Skip, Uffd, advise, declared_sound, default_hugepage_size, errno_name, expect, fails, faulting,
+    fixed_buffer, handled, hugepage_file, hugepage_sizes, lack_of_hugepages, mapped, peek, pmd_size, poke, promise,
+    refuses, require_soft_dirty, swap_out, syscalls, touch_trapped, two_page_tables, undisturbed, unmap,
 )  # fmt: skip
 
-TRAPPED = PagefaultFlag.WRITE | PagefaultFlag.WP
 HUGEPAGE = default_hugepage_size()
 
 
