@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import resource
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from uffd_selftests.command.interrupts import Signals
 from uffd_selftests.harness import launcher as launcher_module
 from uffd_selftests.harness import proc
 from uffd_selftests.harness.isolation import Ending, How
@@ -22,6 +24,7 @@ from uffd_selftests.toolkit.memory import MAP_ANONYMOUS, MAP_PRIVATE, map_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from uffd_selftests.harness.isolation import Send, Work
 
@@ -285,6 +288,17 @@ def test_its_death_is_an_error(launcher: Launcher) -> None:
     assert (ending.how, ending.reason) == (How.ERROR, "the process that starts the cases died")
     assert not launcher.alive
     assert launcher.run(Order("one", 30)).how is How.ERROR
+
+
+def test_end_right_after_the_beginning(tmp_path: Path) -> None:
+    """A launcher that is closed before it could do anything does not go on as the process that started it."""
+    who = tmp_path / "who"
+    with contextlib.closing(Signals()):
+        for _ in range(50):
+            Launcher.start(Jobs()).close()
+            with who.open("a") as file:
+                file.write(f"{os.getpid()}\n")
+    assert set(who.read_text().split()) == {str(os.getpid())}
 
 
 def test_close_ends_what_runs() -> None:

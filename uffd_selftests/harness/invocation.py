@@ -100,7 +100,7 @@ def _pytest_arguments(args: argparse.Namespace, passed: list[str], ktap_fd: int)
         yield f"--report-dir={folder}"
         if args.data_only:
             yield "--report-data-only"
-    if not passed:
+    if not passed and not args.no_isolation:
         yield from ("--brief", "--assert=plain")  # the launcher knows nothing of pytest's asserts
         for name in UNUSED:
             yield from ("-p", f"no:{name}")

@@ -369,18 +369,28 @@ def fork() -> int:
     """Fork as os.fork does, without its warning.
 
     A signal that ends a run waits until it is over: what a handler raises while os.fork() calls what modules have
-    registered with it (logging's locks) is printed and forgotten.
+    registered with it (logging's locks) is printed and forgotten. And the child has none of this process's handlers:
+    what they raise would have it go on as if it were this process.
     """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
-        if sys.version_info < (3, 12):
-            return os.fork()
-        with warnings.catch_warnings():
-            # xdist's workers have a second thread, which holds no lock that the child needs.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            return os.fork()
+        pid = _fork_quietly()
+        if not pid:
+            for number in ENDING:
+                if callable(signal.getsignal(number)):
+                    signal.signal(number, signal.SIG_DFL)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return pid
+
+
+def _fork_quietly() -> int:
+    if sys.version_info < (3, 12):
+        return os.fork()
+    with warnings.catch_warnings():
+        # xdist's workers have a second thread, which holds no lock that the child needs.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
 
 
 def end_with(parent: int, number: int = signal.SIGKILL) -> None:
