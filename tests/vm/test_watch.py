@@ -37,7 +37,7 @@ def test_running_case() -> None:
 def test_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The suite notes in the kernel's log what the watch reads on the console."""
     monkeypatch.setattr(reporter, "KMSG", str(tmp_path / "kmsg"))
-    settings: Any = SimpleNamespace(folder=None, data_only=False, ktap_fd=None, progress=False, kmsg=True)
+    settings: Any = SimpleNamespace(folder=None, data_only=False, ktap_fd=None, brief=False, kmsg=True)
     signals: Any = None
     writer = reporter.Reporter(settings, signals)
     writer.begin([Planned("test_move.py::test_move[anon]", "move on anon", "move")], [])
