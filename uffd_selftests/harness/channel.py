@@ -40,13 +40,13 @@ class Channel:
         (length,) = LENGTH.unpack(self._read(LENGTH.size))
         return pickle.loads(self._read(length))
 
-    def _read(self, length: int) -> bytes:
-        data = b""
+    def _read(self, length: int) -> bytearray:
+        data = bytearray()
         while len(data) < length:
             part = os.read(self._reader, length - len(data))
             if not part:
                 raise EOFError
-            data = data + part if data else part
+            data += part
         return data
 
     def close(self) -> None:
