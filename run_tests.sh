@@ -81,7 +81,7 @@ setup() {
         made_with=$python
     fi
     wanted=''
-    for extra in dev vm; do # what an earlier call wanted stays
+    for extra in dev; do # what an earlier call wanted stays
         [ -e "$stamp.$extra" ] || case " $extras " in *" $extra "*) ;; *) continue ;; esac
         wanted=${wanted:+$wanted,}$extra
     done
@@ -104,14 +104,11 @@ python=${PYTHON:-python3}
 packages="python3-venv python3-dev gcc"
 module=uffd_selftests extras='' # of pyproject.toml
 if [ "${1-}" = --check ]; then
-    module=uffd_selftests.checks extras='dev vm'
+    module=uffd_selftests.checks extras=dev
     shift
 else
     export PYTHONSAFEPATH=1
 fi
-for argument; do
-    case $argument in --) break ;; --kernel | --kernel=*) extras=vm ;; esac
-done
 
 venv=${UFFD_VENV:-$here/.venv}
 case $venv in /* | none) ;; *) venv=$PWD/$venv ;; esac

@@ -220,26 +220,12 @@ def test_no_environment_and_nothing_built(checkout: Checkout) -> None:
 def test_check(ready: Checkout) -> None:
     """--check adds what development needs, once, and runs the project's own tests."""
     result = ready.run("--check")
-    assert f"--editable {ready.root}[dev,vm]\n" in ready.log.read_text()
+    assert f"--editable {ready.root}[dev]\n" in ready.log.read_text()
     assert ready.calls() == ["pip", "pip", "run"]
     assert result.stdout.splitlines()[1:] == ["-I", "-m", "uffd_selftests.checks"]
     for arguments in (["--check"], []):
         ready.run(*arguments)
         assert ready.calls() == ["run"]
-
-
-@pytest.mark.parametrize("arguments", [["--kernel", "bzImage"], ["-f", "move", "--kernel=bzImage"]])
-def test_kernel(ready: Checkout, arguments: list[str]) -> None:
-    """--kernel adds what boots kernels, once; later changes keep it."""
-    result = ready.run(*arguments)
-    assert f"--editable {ready.root}[vm]\n" in ready.log.read_text()
-    assert ready.calls() == ["pip", "pip", "run"]
-    assert result.stdout.splitlines()[1:] == ["-I", "-m", "uffd_selftests", *arguments]
-    ready.run(*arguments)
-    ready.run()
-    assert ready.calls() == ["run", "run"]
-    ready.run("--check")
-    assert f"--editable {ready.root}[dev,vm]\n" in ready.log.read_text()
 
 
 def test_argument_for_pytest(ready: Checkout) -> None:

@@ -11,12 +11,13 @@ import contextlib
 import errno
 import gc
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uffd_selftests import __version__
-from uffd_selftests.command.program import EXIT_USAGE, PROGRAM, Parser
+from uffd_selftests.command.program import EXIT_OK, EXIT_USAGE, PROGRAM, Parser
 from uffd_selftests.harness.settings import FILES, MAY_HANG_KERNEL, OPTIONS, STRESS_LOG, check_keyword, duration
 from uffd_selftests.machine.facts import KMSG
 from uffd_selftests.vm.options import add_options, machine_options
@@ -68,6 +69,7 @@ def parser() -> Parser:
     # For --kernel, which does here what it can spare the guest:
     add("--with-ids", action="store_true", help=argparse.SUPPRESS)  # -l tells pytest's name of each result, too
     add("--case-file", action="append", default=[], help=argparse.SUPPRESS)  # collect these files only
+    add("--machine", help=argparse.SUPPRESS)  # run in guests that are started from what this file says
     add("--data-only", action="store_true", help=argparse.SUPPRESS)  # no report that can be made of results.json
     add("--version", action="version", version=f"{PROGRAM} {__version__}")
     return result
@@ -108,7 +110,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         try:
             _check_streams()
-            launcher = _launcher(args, stack) if _is_plain(args, passed) else None  # before anything else loads pytest
+            launcher = None
+            if args.machine and args.workers in ("0", "1") and not args.soak:
+                launcher = _guest(args, stack)
+            elif _is_plain(args, passed):
+                launcher = _launcher(args, stack)  # before anything else loads pytest
             _check(args, passed)
         except ValueError as error:
             print(f"{PROGRAM}: {error}", file=sys.stderr)  # which may be closed, too
@@ -118,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _is_plain(args: argparse.Namespace, passed: list[str]) -> bool:
     """Whether this run has cases run here, and only tells of them what every report tells."""
-    elsewhere = args.list or args.probe or args.kernel or args.soak
+    elsewhere = args.list or args.probe or args.kernel or args.soak or args.machine or args.vm_forget
     return not (elsewhere or args.no_isolation or passed)
 
 
@@ -129,18 +135,31 @@ def _launcher(args: argparse.Namespace, stack: contextlib.ExitStack) -> Launcher
     """
     scale = next(each for each in OPTIONS if each.name == "deadline_scale")
     os.environ[scale.variable] = f"{scale.value(args.deadline_scale):g}"  # for common.py, which is about to be loaded
+    from uffd_selftests.harness.jobs import Cases  # noqa: PLC0415  # --help does without
     from uffd_selftests.harness.launcher import Launcher  # noqa: PLC0415  # --help does without
     from uffd_selftests.harness.launchpad import Launchpad  # noqa: PLC0415
-    from uffd_selftests.harness.plain import Cases  # noqa: PLC0415
 
     guarded = [1]  # on which the results are written
     with contextlib.suppress(OSError):  # the first case will tell
-        if args.workers == "0":
+        if args.workers in ("0", "1"):
             launcher: Launcher | Launchpad = Launcher.start(Cases(), guarded)
         else:
             launcher = Launchpad(Cases(), guarded)
         stack.callback(launcher.close)
         return launcher
+    return None
+
+
+def _guest(args: argparse.Namespace, stack: contextlib.ExitStack) -> Launcher | None:
+    """Start the first guest: it comes up while pytest is loaded."""
+    from uffd_selftests.harness.guest import Machine  # noqa: PLC0415  # most runs do without
+    from uffd_selftests.harness.isolation import end_with  # noqa: PLC0415  # likewise
+
+    end_with(os.getppid(), signal.SIGTERM)
+    with contextlib.suppress(EOFError):  # the first case will tell
+        guest = Machine.load(Path(args.machine)).source()()
+        stack.callback(guest.close)
+        return guest
     return None
 
 
@@ -151,10 +170,10 @@ def _check(args: argparse.Namespace, passed: list[str]) -> None:
     MAY_HANG_KERNEL.value(None)
     if args.keyword:
         check_keyword(args.keyword)
-    if args.kmsg and not os.access(KMSG, os.W_OK):
+    if args.kmsg and not args.machine and not os.access(KMSG, os.W_OK):
         raise ValueError(f"--kmsg: cannot write to {KMSG}: run as root")
     _check_probe(args, passed)
-    if not args.kernel and (flags := machine_options(args)):
+    if not (args.kernel or args.machine or args.vm_forget) and (flags := machine_options(args)):
         raise ValueError(f"{flags[0]} needs --kernel: it shapes the machine that the kernel is booted in")
     if args.soak and args.no_isolation:
         raise ValueError("--soak needs processes for the cases: leave --no-isolation out")
@@ -166,6 +185,15 @@ def _main(args: argparse.Namespace, passed: list[str], launcher: Launcher | Laun
     """Do what was asked for; return the exit code."""
     if args.kernel or args.soak or args.probe:
         gc.enable()
+    if args.probe and args.kernel:
+        from uffd_selftests.vm import probe  # noqa: PLC0415  # most runs do without
+
+        return probe.main(args, area_bytes=_area_bytes(args))
+    if args.vm_forget:
+        from uffd_selftests.vm import machines  # noqa: PLC0415  # most runs do without
+
+        print(f"{PROGRAM}: {machines.empty() >> 20} MiB of saved machines removed", file=sys.stderr)
+        return EXIT_OK
     if args.kernel and not args.list:
         from uffd_selftests.vm import session  # noqa: PLC0415  # most runs do without
 
@@ -201,16 +229,20 @@ def _check_probe(args: argparse.Namespace, passed: list[str]) -> None:
     if args.json and not args.probe:
         raise ValueError("--json needs --probe")
     chosen = [args.list, args.filter, args.keyword, args.workers != "0", args.output, args.require]
-    if args.probe and any([*chosen, args.kernel, args.kmsg, args.soak, passed]):
-        raise ValueError("--probe runs nothing: it takes --json, --deadline-scale and --area-mib only")
+    if args.probe and any([*chosen, args.kmsg, args.soak, passed]):
+        raise ValueError("--probe runs nothing: it takes --json, --deadline-scale, --area-mib and --kernel only")
 
 
 def _probe(args: argparse.Namespace) -> int:
     """Say what the kernel can do."""
-    values = {each.name: each.value(getattr(args, each.name)) for each in OPTIONS}
     from uffd_selftests.probe import command  # noqa: PLC0415  # which loads that
 
-    return command.main(as_json=args.json, area_bytes=values["area_mib"] << 20)
+    return command.main(as_json=args.json, area_bytes=_area_bytes(args))
+
+
+def _area_bytes(args: argparse.Namespace) -> int:
+    mib: int = next(each for each in OPTIONS if each.name == "area_mib").value(args.area_mib)
+    return mib << 20
 
 
 def _make_ready(folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from uffd_selftests.checks import kernels as check
-from uffd_selftests.vm import vng
+from uffd_selftests.vm import qemu
 
 
 def write_apt(folder: Path, download: str) -> None:
@@ -47,7 +47,7 @@ def test_given_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_to_boot(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A machine that can boot nothing says why, and the step does not fail."""
-    monkeypatch.setattr(vng, "missing", lambda _arch: "missing for --kernel: apt-get install udev")
+    monkeypatch.setattr(qemu, "missing", lambda _arch: "missing for --kernel: apt-get install qemu-system-x86")
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     assert check.main() == 0
-    assert capsys.readouterr().out == "left out: missing for --kernel: apt-get install udev\n"
+    assert capsys.readouterr().out == "left out: missing for --kernel: apt-get install qemu-system-x86\n"

@@ -11,7 +11,7 @@ ONE_OF_EACH = (
     result("bad on anon", "fail", diagnostics=["promise: The promise of bad.", "expected EEXIST; got EINVAL"]),
     result("stuck on anon", "timeout", reason="30 seconds", diagnostics=["blocked in handle_userfault"]),
     result("dead on anon", "error", reason="killed by SIGSEGV"),
-    result("panic on anon", "error", reason="kernel panic: Oops"),
+    result("panic on anon", "error", reason="Kernel panic - not syncing: Oops", guest="1", died=True),
     result("late on anon", "skip", reason="never ran: the kernel was gone"),
     result("lacking on anon", "skip", reason="CONFIG_GUP_TEST: ENOENT"),
     result("known on anon", "xfail", reason="D-CP-99: It bites", defect=DEFECT),

@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.vm.helpers import FakeQemu
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.harness.helpers import Run
 
 PREAMBLE = """
@@ -32,3 +36,9 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
         return pytester.runpytest_inprocess("-p", "uffd_selftests.harness.plugin", "-p", "no:cacheprovider", *args)
 
     return run
+
+
+@pytest.fixture
+def qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeQemu:
+    """Return a QEMU whose machines are processes of this host."""
+    return FakeQemu.install(tmp_path, monkeypatch)

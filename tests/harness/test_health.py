@@ -11,7 +11,7 @@ import pytest
 
 from tests.harness.helpers import FakePool
 from tests.helpers import FACTS, needs_userfaultfd
-from uffd_selftests.harness import health, proc, runner, steward
+from uffd_selftests.harness import health, jobs, proc
 from uffd_selftests.harness.health import KernelHealth, KernelLog, Patterns
 from uffd_selftests.machine.facts import KMSG
 from uffd_selftests.machine.hugepages import HugepageCounts
@@ -247,12 +247,12 @@ def test_kernel_complaint_in_ktap(run: Run, pytester: pytest.Pytester) -> None:
 @pytest.mark.parametrize(("users", "outcome"), [([], "error"), ([1], "pass")])
 def test_lost_hugepages(run: Run, monkeypatch: pytest.MonkeyPatch, users: list[int], outcome: str) -> None:
     """Huge pages that nobody has and that do not come back fail the case; those that somebody has do not."""
-    used = iter([3, 3, 3, *[5] * 1000])  # for the steward's two watchers, and for the case's
+    used = iter([3, *[5] * 1000])  # of each launcher: first, and later
     monkeypatch.setattr(health, "hugepages", lambda _: HugepageCounts(10, 10 - next(used), 0, 0))
     monkeypatch.setattr(health, "PAGES_BACK_SECONDS", 0.05)
     monkeypatch.setattr(proc, "hugetlb_users", lambda: users)
-    monkeypatch.setattr(steward, "HugepagePool", FakePool)
-    monkeypatch.setattr(runner, "lack_of_hugepages", lambda *_: None)
+    monkeypatch.setattr(jobs, "HugepagePool", FakePool)
+    monkeypatch.setattr(jobs, "lack_of_hugepages", lambda *_: None)
     result = run("""
     @uffd_case("takes", spare_hugepages=1)
     def test_takes():

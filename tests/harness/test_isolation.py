@@ -157,7 +157,7 @@ def isolator() -> Iterator[Isolator]:
 
 def test_records_arrive_in_order(isolator: Isolator) -> None:
     """Records of any size come through, one by one."""
-    sent = [b"x" * size for size in (0, 1, 1 << 20, 3)]
+    sent = ["x" * size for size in (0, 1, 1 << 20, 3)]
 
     def work(send: isolation.Send) -> None:
         for record in sent:
@@ -197,7 +197,7 @@ def test_endless_reports_are_cut_off(isolator: Isolator, monkeypatch: pytest.Mon
 
     def work(send: isolation.Send) -> None:
         while True:
-            send(b"x" * (1 << 16))
+            send("x" * (1 << 16))
 
     assert isolator.run(work, deadline=0.5).how is How.TIMEOUT
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import resource
@@ -103,17 +104,25 @@ def find(name: str) -> Work:
 class Jobs:
     """Jobs whose tasks are names."""
 
+    ready = False
+
     def preload(self) -> None:
         """Do nothing."""
 
-    def set_up(self, settings: object) -> None:
-        """Remember them."""
-        self._settings = settings
+    def answer(self, name: str, *arguments: object) -> object:
+        """Remember what set_up is told."""
+        if name == "fail":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/the/file")
+        self._settings, self.ready = arguments, True
+        return [name, *arguments]
 
-    def begin(self, task: object, *, early: bool) -> bool:
+    def begin(self, task: object, *, early: bool) -> Ending | None:
         """Note it; say no to some."""
+        refusal = Ending(How.DONE, "no", [], [], [], 0.0)
+        if task == "never":
+            return refusal
         self._note = f"{task} has begun"
-        return not early or task != "do later"
+        return refusal if early and task == "do later" else None
 
     def find(self, task: object) -> Work:
         """Return the work of this name."""
@@ -125,16 +134,20 @@ class Jobs:
 
     def end(self, task: object, ending: Ending) -> None:
         """Tell what was noted, and what set_up was given."""
-        ending.printed = [(self._note, f"{self._settings}")]
+        ending.printed = [(self._note, f"{self._settings[0]}")]
         if task == "do and lose":
             ending.leftovers.append("something")
+
+    def close(self) -> object:
+        """Say good-bye."""
+        return "farewell"
 
 
 @pytest.fixture
 def launcher() -> Iterator[Launcher]:
     """Start a launcher."""
     launcher = Launcher.start(Jobs())
-    launcher.set_up("settings")
+    launcher.ask("set_up", "settings")
     yield launcher
     launcher.close()
 
@@ -145,6 +158,34 @@ def test_work_is_found_by_name(launcher: Launcher) -> None:
         ending = launcher.run(Order(name, 30))
         assert (ending.how, ending.records) == (How.DONE, [[name, launcher.pid]])
     assert launcher.run(Order("much", 30)).records == ["much" * 100_000]
+
+
+def test_questions(launcher: Launcher) -> None:
+    """What is asked for is answered between two pieces of work, or it is said what failed."""
+    assert launcher.ask("anything", 1, [2]) == ["anything", 1, [2]]
+    with pytest.raises(OSError, match="/the/file: Permission denied"):
+        launcher.ask("fail")
+    assert launcher.run(Order("one", 30)).how is How.DONE
+    never = launcher.run(Order("never", 30))
+    assert (never.how, never.reason, never.records) == (How.DONE, "no", [])
+    assert launcher.run(Order("one", 30)).how is How.DONE
+
+
+def test_finish(launcher: Launcher) -> None:
+    """At the end it says what there is to say, also when an exception has come in the middle of its work."""
+    assert launcher.ask("finish") == ["finish"]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    old = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(KeyboardInterrupt):
+            launcher.run(Order("hang", 1000))
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    assert launcher.finish() == "farewell"
 
 
 def test_a_process_may_do_more(launcher: Launcher) -> None:
@@ -305,7 +346,7 @@ def test_close_ends_what_runs() -> None:
     """Ctrl-C while a case runs leaves no process."""
     before = set(proc.processes())
     launcher = Launcher.start(Jobs())
-    launcher.set_up(None)
+    launcher.ask("set_up", None)
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -327,7 +368,7 @@ def test_close_ends_what_runs_ahead() -> None:
     for _ in range(10):
         SHARED[:8] = bytes(8)
         launcher = Launcher.start(Jobs())
-        launcher.set_up(None)
+        launcher.ask("set_up", None)
         assert launcher.run(Order("do", 30), Order("hang beside a daemon", 30)).followed
         while not any(SHARED[:8]):
             time.sleep(0.001)

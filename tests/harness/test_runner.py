@@ -9,7 +9,7 @@ import pytest
 
 from tests.harness.helpers import FakePool
 from tests.helpers import FACTS, needs_userfaultfd
-from uffd_selftests.harness import runner, steward
+from uffd_selftests.harness import jobs
 
 if TYPE_CHECKING:
     from tests.harness.helpers import Run
@@ -23,8 +23,8 @@ pytest_plugins = ["pytester"]
 def test_too_few_hugepages(run: Run, monkeypatch: pytest.MonkeyPatch, required: bool) -> None:
     """Without enough huge pages a result is skipped with the numbers, or failed if they were required."""
     reason = "needs 34 free huge pages of 2048 kB, 10 free: echo 34 > nr_hugepages"
-    monkeypatch.setattr(runner, "lack_of_hugepages", lambda _, needed: reason if needed == 34 else None)
-    monkeypatch.setattr(steward, "HugepagePool", FakePool)
+    monkeypatch.setattr(jobs, "lack_of_hugepages", lambda _, needed: reason if needed == 34 else None)
+    monkeypatch.setattr(jobs, "HugepagePool", FakePool)
     result = run(
         """
     @uffd_case("big", mem=(HUGETLB,), pages=16, spare_hugepages=2)

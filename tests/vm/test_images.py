@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def test_image(tmp_path: Path) -> None:
     """An image tells its release."""
     image = write_image(tmp_path / "vmlinuz-of-mine")
-    assert images.find(str(image), "x86_64") == images.Kernel(image, "6.99.0-test", image)
+    kernel = images.find(str(image), "x86_64")
+    assert (kernel.image, kernel.origin, kernel.name, kernel.release) == (image, image, "6.99.0-test", "6.99.0-test")
 
 
 def test_arm64_image(tmp_path: Path) -> None:
@@ -35,10 +36,11 @@ def test_arm64_image(tmp_path: Path) -> None:
 
 def test_build_tree(tmp_path: Path) -> None:
     """A build tree is booted as such, for its modules, and named by the release it was built as."""
-    write_image(tmp_path / "arch/x86/boot/bzImage", "6.99.0")
+    image = write_image(tmp_path / "arch/x86/boot/bzImage", "6.99.0")
     (tmp_path / "include/config").mkdir(parents=True)
     (tmp_path / "include/config/kernel.release").write_text("6.99.0-rc1+\n")
-    assert images.find(str(tmp_path), "x86_64") == images.Kernel(tmp_path, "6.99.0-rc1+", tmp_path)
+    release = "6.99.0-rc1+"
+    assert images.find(str(tmp_path), "x86_64") == images.Kernel(image, release, tmp_path, tmp_path, release)
 
 
 def write_package(folder: Path, *files: str) -> Path:
@@ -60,7 +62,8 @@ def test_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = write_package(tmp_path, "boot/vmlinuz-6.99.0-test", "lib/modules/6.99.0-test/modules.order")
     kernel = images.find(str(package), "x86_64")
     assert (kernel.name, kernel.origin) == ("6.99.0-test", package)
-    root = kernel.path.parent.parent
+    root = kernel.image.parent.parent
+    assert kernel.modules == root / "lib/modules"
     assert (root / "lib/modules/6.99.0-test/modules.order").exists()
     (root / "mark").touch()
     assert images.find(str(package), "x86_64") == kernel

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from uffd_selftests.vm import images, vng
+from uffd_selftests.vm import images, qemu
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 VARIABLE = "UFFD_TEST_KERNELS"
@@ -85,7 +85,7 @@ def kernels() -> list[Path]:
     if platform.machine() != "x86_64":
         print(f"left out: the kernels to boot are for x86_64, and this is {platform.machine()}")
         return []
-    if lacking := vng.missing("x86_64"):
+    if lacking := qemu.missing("x86_64"):
         print(f"left out: {lacking}")
         return []
     found: list[Path] = []

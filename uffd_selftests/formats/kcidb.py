@@ -37,8 +37,8 @@ PRIORITY = ("FAIL", "ERROR", "MISS", "PASS", "SKIP")
 
 NEVER_RAN = "never ran"
 """How the reason of a result begins that the end of a kernel or of the run made impossible."""
-PANIC = "kernel panic"
-"""How the reason begins when a case, or already its boot, was the end of the kernel."""
+DEAD_AT_BOOT = "does not boot"
+"""How the reason begins why there is no result of a kernel."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _test(result: Result) -> dict[str, Any]:
 def _status(result: Result) -> str:
     if result.reason.startswith(NEVER_RAN):
         return "MISS"
-    if result.outcome == "error" and result.reason.startswith(PANIC):
+    if result.died:
         return "FAIL"
     return STATUS[result.outcome]
 
@@ -137,7 +137,7 @@ def _status(result: Result) -> str:
 def _run_status(run: Run) -> str:
     found = {_status(result) for result in run.results.values()}
     if run.unfinished or not found:
-        found.add("FAIL" if run.interrupted.startswith(PANIC) else "ERROR")
+        found.add("FAIL" if run.interrupted.startswith(DEAD_AT_BOOT) else "ERROR")
     return next(status for status in PRIORITY if status in found)
 
 

@@ -29,6 +29,7 @@ def suite_arguments(args: argparse.Namespace, passed: Sequence[str], scale: floa
         "--strict": args.strict,
         "--no-sharing": args.no_sharing,
         "--no-isolation": args.no_isolation,
+        "--pristine": args.pristine,
         MAY_HANG_KERNEL.flag: args.may_hang_kernel or MAY_HANG_KERNEL.value(None),
     }
     arguments += [flag for flag, given in flags.items() if given]

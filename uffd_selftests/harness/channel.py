@@ -1,15 +1,34 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What two processes of the harness say to each other: objects, in order, through a pair of descriptors."""
+"""What two processes of the harness say to each other, in order, through a pair of descriptors.
+
+The other end may be in another machine, whose kernel nobody trusts: a pipe, a socket, the port of a virtual machine,
+the stdin and stdout of a command. So a message is JSON, which can make nothing but plain data, and it has a version, a
+length and a bound.
+"""
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
+import select
 import struct
+import time
 from typing import Any
 
-LENGTH = struct.Struct("=I")
-"""Before each object: how many bytes its pickle has."""
+HEADER = struct.Struct(">4sBI")
+"""Before each message: magic, version and how many bytes of JSON follow."""
+MAGIC = b"uffd"
+VERSION = 1
+MAX_BYTES = 64 << 20
+"""More is no message but a mistake."""
+
+
+encode = json.JSONEncoder(separators=(",", ":")).encode
+"""Returns the text of plain data."""
+
+
+class Nonsense(EOFError):
+    """What came is no message of this version: nothing more can be understood."""
 
 
 class Channel:
@@ -28,21 +47,44 @@ class Channel:
         """The descriptors that are open."""
         return {fd for fd in (self._reader, self._writer) if fd >= 0}
 
-    def send(self, value: object) -> None:
-        """Send an object; raises OSError, BrokenPipeError when nobody can receive it any more."""
-        data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
-        view = memoryview(LENGTH.pack(len(data)) + data)
+    def send(self, value: object, until: float | None = None) -> None:
+        """Send plain data.
+
+        Raises OSError: BrokenPipeError when nobody can receive it any more, TimeoutError when nobody has taken it
+        before time.monotonic() says until, for which the descriptor has to be one that does not block.
+        """
+        data = encode(value).encode()
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"a message of {len(data)} bytes")
+        view = memoryview(HEADER.pack(MAGIC, VERSION, len(data)) + data)
         while view:
+            if until is not None:
+                _await(self._writer, select.POLLOUT, until)
             view = view[os.write(self._writer, view) :]
 
-    def receive(self) -> Any:
-        """Wait for the next object and return it; raises EOFError when none can come any more."""
-        (length,) = LENGTH.unpack(self._read(LENGTH.size))
-        return pickle.loads(self._read(length))
+    def receive(self, until: float | None = None) -> Any:
+        """Wait for the next message and return it.
 
-    def _read(self, length: int) -> bytearray:
+        Raises EOFError when none can come any more, Nonsense for what is none, TimeoutError when it is not whole before
+        time.monotonic() says until.
+        """
+        magic, version, length = HEADER.unpack(self._read(HEADER.size, until))
+        if magic != MAGIC:
+            raise Nonsense(f"what came is no message: it begins with {magic!r}")
+        if version != VERSION:
+            raise Nonsense(f"what came is of version {version}, and this is version {VERSION}")
+        if length > MAX_BYTES:
+            raise Nonsense(f"a message of {length} bytes")
+        try:
+            return json.loads(self._read(length, until))
+        except (ValueError, RecursionError):
+            raise Nonsense("what came is no JSON") from None
+
+    def _read(self, length: int, until: float | None) -> bytearray:
         data = bytearray()
         while len(data) < length:
+            if until is not None:
+                _await(self._reader, select.POLLIN, until)
             part = os.read(self._reader, length - len(data))
             if not part:
                 raise EOFError
@@ -54,6 +96,14 @@ class Channel:
         for fd in self.descriptors:
             os.close(fd)
         self._reader = self._writer = -1
+
+
+def _await(fd: int, event: int, until: float) -> None:
+    """Wait until a descriptor is ready; raises TimeoutError."""
+    poll = select.poll()
+    poll.register(fd, event)
+    if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
+        raise TimeoutError
 
 
 def one_way() -> tuple[Channel, Channel]:

@@ -54,17 +54,21 @@ def missing(case: Case, mem: MemType | None, facts: Facts) -> list[Missing]:
     return found
 
 
-def hugepages_needed(case: Case, mem: MemType | None, area_bytes: int) -> int:
-    """Return how many huge pages of the default size a result takes: source, destination and what the case adds."""
-    areas = 2 * area_pages(case, mem, area_bytes) if mem and mem.hugetlb else 0
+def hugepages_needed(case: Case, mem: MemType | None, area_bytes: int, hugepage_size: int = 0) -> int:
+    """Return how many huge pages of the default size a result takes: source, destination and what the case adds.
+
+    The size is that of the kernel under test, if it is not the running one.
+    """
+    areas = 2 * area_pages(case, mem, area_bytes, hugepage_size) if mem and mem.hugetlb else 0
     return areas + case.spare_hugepages if areas or not mem else 0
 
 
-def area_pages(case: Case, mem: MemType, area_bytes: int) -> int:
+def area_pages(case: Case, mem: MemType, area_bytes: int, page_size: int = 0) -> int:
     """Return how many pages of the memory type each of the two areas of a result has."""
     if case.pages is not None:
         return case.pages
-    return max(2, area_bytes // mem.page_size) if mem.page_size else 2
+    size = page_size or mem.page_size
+    return max(2, area_bytes // size) if size else 2
 
 
 def requirement_name(feature: Feature) -> str:

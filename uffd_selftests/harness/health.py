@@ -28,6 +28,9 @@ RULES = Path(__file__).with_name("health_patterns.txt")
 
 MAX_COMPLAINT_LINES = 20
 
+NOTE = "uffd-selftests: case "
+"""What stands before the name of a case that begins, in the kernel's log."""
+
 PAGES_BACK_SECONDS = 2.0
 """How long huge pages may take to come back after their process is gone: the kernel can free them in the background."""
 
@@ -134,6 +137,7 @@ class KernelHealth:
         self._patterns = Patterns.load()
         self._taints = self.taints()
         self._log = KernelLog()
+        self._unjudged: list[str] = []
 
     @property
     def unreadable(self) -> str:
@@ -150,10 +154,17 @@ class KernelHealth:
             return ""
         return "".join(letter for bit, letter in enumerate(TAINTS) if mask >> bit & 1)
 
-    def complaints(self) -> list[str]:
-        """Return lines about everything that went wrong in the kernel since the last call."""
+    def listen(self) -> bool:
+        """Take what the kernel has said since; whether it said anything, or nobody can know."""
         fresh = self._log.read()
         self.records += fresh
+        self._unjudged += fresh
+        return bool(self.unreadable) or any(NOTE not in record for record in fresh)
+
+    def complaints(self) -> list[str]:
+        """Return lines about everything that went wrong in the kernel since the last call."""
+        self.listen()
+        fresh, self._unjudged = self._unjudged, []
         first = next((i for i, record in enumerate(fresh) if self._patterns.complains(record.partition("] ")[2])), None)
         # What follows the first complaint is its register dump and call trace.
         lines = [] if first is None else [f"kernel log: {record}" for record in fresh[first:][:MAX_COMPLAINT_LINES]]

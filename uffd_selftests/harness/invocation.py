@@ -93,8 +93,12 @@ def _pytest_arguments(args: argparse.Namespace, passed: list[str], ktap_fd: int)
         yield "--collect-only"
         if args.with_ids:
             yield "--list-ids"
-    elif args.workers != "0":
+    elif args.workers not in ("0", "1"):
         yield from ("-p", "xdist.plugin", "-n", args.workers, "--dist", "worksteal")
+    if args.machine:
+        yield f"--machine={args.machine}"
+    if args.pristine:
+        yield "--pristine"
     if args.output and not args.list:
         folder = args.output.resolve()
         yield f"--report-dir={folder}"

@@ -15,9 +15,9 @@ import contextlib
 import ctypes
 import faulthandler
 import gc
+import json
 import math
 import os
-import pickle
 import select
 import signal
 import stat
@@ -31,18 +31,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from uffd_selftests.command.interrupts import ENDING
 from uffd_selftests.harness import proc
-from uffd_selftests.harness.channel import Channel, one_way
+from uffd_selftests.harness.channel import Channel, encode, one_way
 
 
 class Send(Protocol):
     """Sends a record to the parent: at once, or else together with what is sent next."""
 
     def __call__(self, record: object, *, at_once: bool = True) -> None:
-        """Send a record: anything that can be pickled."""
+        """Send a record: plain data."""
 
 
 Work = Callable[[Send], object]
@@ -66,7 +66,7 @@ MACHINERY = ("/_pytest/", "/pluggy/", "/xdist/", "/execnet/", "/uffd_selftests/h
 MAX_REPORT_BYTES = 64 << 20
 
 HEADER = struct.Struct("=4sII")
-"""Before each record: magic, length and CRC-32 of the pickle that follows."""
+"""Before each record: magic, length and CRC-32 of the JSON that follows."""
 MAGIC = b"uffd"
 
 _prctl = ctypes.CDLL(None).prctl
@@ -98,8 +98,32 @@ class Ending:
     """Whether the child waits for more work: then what it would take along to its end may still show."""
     printed: list[tuple[str, str]] = field(default_factory=list)
     """Titles and texts of what was written to stdout and stderr, if somebody caught that."""
+    complaints: list[str] = field(default_factory=list)
+    """What the kernel said meanwhile that it should not have to say, if somebody listened."""
     followed: bool = False
     """Whether what comes next has begun already."""
+    damaged: bool = False
+    """Whether the kernel may not be as it was before."""
+    died: bool = False
+    """Whether the machine is gone on which this ran."""
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return plain data, from which of() makes the same again."""
+        return {**vars(self), "how": self.how.name}
+
+    @classmethod
+    def of(cls, plain: Any) -> Ending:
+        """Return the ending that somebody tells who need not be trusted; raises ValueError when it is none."""
+        try:
+            ending = cls(**{**plain, "how": How[plain["how"]], "reason": str(plain["reason"])})
+            ending.seconds = float(ending.seconds)
+            ending.records = list(ending.records)
+            for lines in (ending.evidence, ending.leftovers, ending.complaints):
+                lines[:] = map(str, lines)
+            ending.printed = [(str(title), str(text)) for title, text in ending.printed]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"no ending: {error!r}") from None
+        return ending
 
 
 class _Tag(Enum):
@@ -473,7 +497,7 @@ def _write(fd: int, data: bytes) -> None:
 
 
 def _pack(tag: _Tag, payload: object) -> bytes:
-    body = pickle.dumps((tag.value, payload), protocol=pickle.HIGHEST_PROTOCOL)
+    body = encode([tag.value, payload]).encode()
     return HEADER.pack(MAGIC, len(body), zlib.crc32(body)) + body
 
 
@@ -490,7 +514,7 @@ def _unpack(data: bytes | bytearray) -> tuple[list[tuple[_Tag, object]], bool]:
         body = rest[HEADER.size : HEADER.size + length]
         if magic != MAGIC or len(body) != length or zlib.crc32(body) != checksum:
             break
-        tag, payload = pickle.loads(body)
+        tag, payload = json.loads(bytes(body))
         messages.append((_Tag(tag), payload))
         rest = rest[HEADER.size + length :]
     return messages, len(rest) > 0

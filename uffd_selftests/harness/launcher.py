@@ -1,24 +1,30 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""An Isolator in a process of its own, which has nothing to do but to fork.
+"""An Isolator in a process of its own, which has nothing to do but to fork, on the kernel under test.
 
 A fork copies the page tables of the whole process and makes its pages copy-on-write on both sides.  pytest has four
 times the memory that a case needs, and writes to much of it between two cases, if only by counting references: forking
 pytest itself costs several times what most cases do.
+
+What is said through the channel is plain data, so the launcher may as well stand on another machine:
+
+    ["ask", name, arguments]       answered by ["answer", value] or ["failure", text]
+    ["run", order, order or null]  answered by ["ending", ...]
+    ["dismiss"]                    not answered
+
+SIGTERM ends it, after ["farewell", what Jobs.close says].
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import sys
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 from uffd_selftests.harness import proc
-from uffd_selftests.harness.channel import Channel, two_way
+from uffd_selftests.harness.channel import Channel, Nonsense, two_way
 from uffd_selftests.harness.isolation import Ending, How, Isolator, end_with, fork, kill
 
 if TYPE_CHECKING:
@@ -28,6 +34,8 @@ if TYPE_CHECKING:
 
 LATE_SECONDS = 60.0
 """How long after the deadline it may still look into what hung and kill it, before it is given up itself."""
+ANSWER_SECONDS = 120.0
+"""How long an answer may take."""
 OOM_KILL = "killed by SIGKILL"
 """What becomes of a process that waits when the kernel is short of memory: nobody's fault."""
 CLOSE_SECONDS = 15.0
@@ -37,30 +45,36 @@ CLOSE_SECONDS = 15.0
 class Jobs(Protocol):
     """What a launcher does not know about the tasks that it is given, which are plain data."""
 
+    ready: bool
+    """Whether tasks can be done now: what they need has been asked for."""
+
     def preload(self) -> None:
         """Load what all tasks need, while nobody has said anything yet."""
 
-    def set_up(self, settings: object) -> None:
-        """Get ready in the launcher's process, with what set_up was given."""
+    def answer(self, name: str, *arguments: Any) -> object:
+        """Do what else can be asked for on this machine, and return plain data; raises OSError."""
 
-    def begin(self, task: object, *, early: bool) -> bool:
-        """Do what is to be done before a task begins; early, when nobody has asked yet, return whether it may."""
+    def begin(self, task: Any, *, early: bool) -> Ending | None:
+        """Do what is to be done before a task begins; return why it cannot, or, when nobody has asked yet, may not."""
 
-    def find(self, task: object) -> Work:
+    def find(self, task: Any) -> Work:
         """Return the work of a task; called in the process that is to do it."""
 
-    def get_ready(self, task: object) -> None:
+    def get_ready(self, task: Any) -> None:
         """Do what there is time for while a task runs, for what is forked next: for this task, or what comes then."""
 
-    def end(self, task: object, ending: Ending) -> None:
+    def end(self, task: Any, ending: Ending) -> None:
         """Complete what is told of the end of a task."""
 
+    def close(self) -> object:
+        """Undo what was done on this machine; return plain data about it all."""
 
-@dataclass(frozen=True)
-class Order:
+
+class Order(NamedTuple):
     """What a launcher is to run."""
 
-    task: object
+    task: Any
+    """Plain data."""
     deadline: float
     """In seconds from its begin."""
     apart: bool = False
@@ -72,15 +86,19 @@ class Order:
 class Launcher:
     """Runs tasks one after the other, as Isolator.run does."""
 
+    name = ""
+    """What results call the machine, where there are several."""
+    patience = ANSWER_SECONDS
+
     def __init__(self, channel: Channel, pid: int) -> None:
         """Take over a process that serves the other end of a channel."""
         self.pid = pid
-        self._channel = channel
-        self._pidfd = os.pidfd_open(pid)
-        self._answers = select.poll()
-        self._answers.register(channel.fileno(), select.POLLIN)
         self.alive = True
         """False when it died on its own: it is of no use then."""
+        self._channel = channel
+        self._pidfd = os.pidfd_open(pid)
+        self._busy = False
+        """Something was sent whose answer has not been read: an exception came in between."""
 
     @classmethod
     def start(cls, jobs: Jobs, guarded: Iterable[int] = ()) -> Launcher:
@@ -96,10 +114,26 @@ class Launcher:
         theirs.close()
         return cls(channel, pid)
 
-    def set_up(self, settings: object) -> None:
-        """Tell it once, before it runs anything, what Jobs.set_up is to know."""
-        with contextlib.suppress(OSError):
-            self._channel.send(settings)
+    def own_setting(self) -> dict[str, Any]:
+        """Return what it alone is to be told when it is set up."""
+        return {}
+
+    def ask(self, name: str, *arguments: object) -> Any:
+        """Return the answer of Jobs.answer; raises OSError with what failed there, EOFError when there is none."""
+        if self._busy:  # and the answer would be that to what was asked before
+            raise EOFError("an exception came in the middle of its work")
+        until = time.monotonic() + self.patience
+        self._busy = True
+        try:
+            self._channel.send(["ask", name, arguments], until)
+            kind, value = self._channel.receive(until)
+        except (OSError, EOFError, TypeError, ValueError) as error:
+            self.alive = False
+            raise EOFError(self.last_words(_what(error))) from None
+        self._busy = False
+        if kind == "failure":
+            raise OSError(str(value))
+        return value
 
     def run(self, order: Order, then: Order | None = None) -> Ending:
         """Run an order and return how that ended.
@@ -108,30 +142,68 @@ class Launcher:
         and it is what this has to be called with next.
         """
         started = time.monotonic()
-        with contextlib.suppress(OSError, EOFError):
-            self._channel.send((order, then))
-            if self._answers.poll((order.deadline + LATE_SECONDS) * 1000):
-                ending: Ending = self._channel.receive()
-                return ending
+        until = started + order.deadline + LATE_SECONDS
+        self._busy = True
+        try:
+            self._channel.send(["run", order, then], until)
+            _, ending = self._channel.receive(until)
+            self._busy = False
+            return Ending.of(ending)
+        except (OSError, EOFError, TypeError, ValueError) as error:
+            what = _what(error)
         self.alive = False
-        seconds = time.monotonic() - started
-        what = "died" if seconds < order.deadline + LATE_SECONDS else "does not answer"
-        return Ending(How.ERROR, f"the process that starts the cases {what}", [], [], [], seconds)
+        return self.obituary(what, order, time.monotonic() - started)
+
+    def finish(self, seconds: float | None = None) -> Any:
+        """Have the machine put back, and return what Jobs.close says; raises EOFError when nobody says it in time."""
+        if not self._busy:
+            self.patience = seconds or self.patience
+            return self.ask("finish")
+        with contextlib.suppress(OSError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)  # as the answer to what was asked may take long
+        until = time.monotonic() + CLOSE_SECONDS
+        try:
+            while True:
+                kind, *values = self._channel.receive(until)
+                if kind == "farewell":
+                    return values[0]
+        except (OSError, TypeError, ValueError):
+            raise EOFError from None
+
+    def last_words(self, what: str) -> str:
+        """Say what became of it."""
+        return f"the process that starts the cases {what}"
+
+    def obituary(self, what: str, order: Order, seconds: float) -> Ending:  # others say more
+        """Return the ending of an order of which nobody tells any more."""
+        return Ending(How.ERROR, self.last_words(what), [], [], [], seconds)
 
     def dismiss(self) -> None:
         """End the process that would do the next work, or does it already, so that this gets a new one."""
         with contextlib.suppress(OSError):
-            self._channel.send(None)
+            self._channel.send(["dismiss"])
 
     def close(self) -> None:
         """End the process, and through it what it runs; once."""
         if self._pidfd < 0:
             return
         self._channel.close()
-        if not kill(self.pid, time.monotonic() + CLOSE_SECONDS, signal.SIGTERM, pidfd=self._pidfd):
-            kill(self.pid, time.monotonic() + CLOSE_SECONDS, pidfd=self._pidfd)
+        self._end()
         os.close(self._pidfd)
         self._pidfd = -1
+
+    def _end(self) -> None:
+        if not kill(self.pid, time.monotonic() + CLOSE_SECONDS, signal.SIGTERM, pidfd=self._pidfd):
+            kill(self.pid, time.monotonic() + CLOSE_SECONDS, pidfd=self._pidfd)
+
+
+def _what(error: Exception) -> str:
+    """Say what was wrong with an answer."""
+    if isinstance(error, TimeoutError):
+        return "does not answer"
+    if isinstance(error, (Nonsense, TypeError, ValueError)):
+        return f"sent nonsense: {error}"
+    return "died"
 
 
 def serve(channel: Channel, jobs: Jobs, guarded: Iterable[int], parent: int) -> NoReturn:
@@ -157,6 +229,7 @@ class _Server:
         # Forking takes longer than most cases do.  The next child is made while one works, if there is a CPU for that
         # and the kernel says at once that it is the only child left behind.
         self._early = len(os.sched_getaffinity(0)) > 1 and proc.lists_children()
+        self._isolator: Isolator | None = None
         self._fresh: Child | None = None
         self._resting: Child | None = None
         """The child that did the last work, if it can do more."""
@@ -165,53 +238,74 @@ class _Server:
         """How the last resting child died, if it did."""
 
     def serve(self) -> None:
-        """Run what is asked for until nobody asks any more or SIGTERM comes."""
-        self._jobs.preload()
+        """Do what is asked for until nobody asks any more or SIGTERM comes."""
         try:
-            self._jobs.set_up(self._channel.receive())
-        except EOFError:
-            return
-        self._isolator = Isolator()
-        for fd in self._guarded:
-            self._isolator.guard(fd)
-        try:
+            self._jobs.preload()
             while True:
-                if not self._fresh:
-                    self._fresh = self._isolator.prepare(self._jobs.find)
-                orders = self._channel.receive()
-                if isinstance(orders, tuple):
-                    self._channel.send(self._run(*orders))
+                if self._jobs.ready and not self._fresh:
+                    self._fresh = self._fork()
+                kind, *arguments = self._channel.receive()
+                if kind == "run":
+                    self._run(*(order and Order(*order) for order in arguments))
+                elif kind == "ask":
+                    self._answer(*arguments)
                 else:
                     self._dismiss()
-        except EOFError:
+        except (EOFError, SystemExit):
             pass
         finally:
             try:  # noqa: SIM105  # to make a suppress() would give it time to come before
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
             except SystemExit:  # SIGTERM comes right behind the end of the channel
                 pass
-            self._isolator.close()
+            if self._isolator:
+                self._isolator.close()
+            with contextlib.suppress(OSError):
+                self._channel.send(["farewell", self._jobs.close()])
 
-    def _run(self, order: Order, then: Order | None) -> Ending:
+    def _answer(self, name: str, arguments: list[Any]) -> None:
+        if self._fresh and self._isolator:
+            self._isolator.end(self._fresh)  # what it inherited may not hold any more
+            self._fresh = None
+        try:
+            self._channel.send(["answer", self._jobs.answer(name, *arguments)])
+        except OSError as error:
+            self._channel.send(["failure", f"{error.filename or name}: {error.strerror or error}"])
+
+    def _fork(self) -> Child:
+        if not self._isolator:
+            self._isolator = Isolator()
+            for fd in self._guarded:
+                self._isolator.guard(fd)
+        return self._isolator.prepare(self._jobs.find)
+
+    def _run(self, order: Order, then: Order | None) -> None:
+        """Run an order and tell its ending."""
         if not self._working:
-            self._jobs.begin(order.task, early=False)
+            if refusal := self._jobs.begin(order.task, early=False):
+                self._channel.send(["ending", refusal.to_plain()])
+                return
             self._working = self._begin(order)
         child, self._working = self._working, None
         for task in (order.task, *([then.task] if then else [])):
             self._jobs.get_ready(task)
         if self._early and not self._fresh:
-            self._fresh = self._isolator.prepare(self._jobs.find)
+            self._fresh = self._fork()
+        assert self._isolator
         ending = self._isolator.see_through(child, order.deadline)
-        self._jobs.end(order.task, ending)
         if self._died and self._died != OOM_KILL:
             ending.leftovers.append(f"the process of the results before was {self._died} while it waited")
+        self._jobs.end(order.task, ending)
         self._resting = child if ending.rests else None
-        if then and ending.how is How.DONE and not ending.leftovers and self._jobs.begin(then.task, early=True):
+        if then and ending.how is How.DONE and not ending.leftovers and not ending.complaints:
+            ending.followed = not self._jobs.begin(then.task, early=True)
+        # First: when the next case kills the kernel, this one shall be known to have passed.
+        self._channel.send(["ending", ending.to_plain()])
+        if then and ending.followed:
             self._working = self._begin(then)
-            ending.followed = True
-        return ending
 
     def _begin(self, order: Order) -> Child:
+        assert self._isolator
         self._died = ""
         if self._resting and order.apart:
             self._isolator.end(self._resting)
@@ -227,12 +321,12 @@ class _Server:
         return child
 
     def _take_fresh(self) -> Child:
-        child, self._fresh = self._fresh or self._isolator.prepare(self._jobs.find), None
+        child, self._fresh = self._fresh or self._fork(), None
         return child
 
     def _dismiss(self) -> None:
         for child in (self._working, self._resting):
-            if child:
+            if child and self._isolator:
                 self._isolator.end(child)
         self._working = self._resting = None
 

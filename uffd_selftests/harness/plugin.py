@@ -21,9 +21,11 @@ import pytest
 
 from uffd_selftests.case import ATTRIBUTE, Case
 from uffd_selftests.command.interrupts import Signals
-from uffd_selftests.harness import items
+from uffd_selftests.harness import durations, items, launchpad
+from uffd_selftests.harness.guest import Machine
 from uffd_selftests.harness.isolation import end_with
 from uffd_selftests.harness.items import SETTINGS, CaseFile, CaseItem
+from uffd_selftests.harness.jobs import Cases
 from uffd_selftests.harness.launcher import Launcher
 from uffd_selftests.harness.launchpad import Launchpad
 from uffd_selftests.harness.plain import make_context
@@ -31,6 +33,7 @@ from uffd_selftests.harness.reporter import Reporter
 from uffd_selftests.harness.results import LAST, Planned, declaration, skipped_for
 from uffd_selftests.harness.runner import Runner
 from uffd_selftests.harness.settings import Settings, add_options
+from uffd_selftests.harness.site import Site
 from uffd_selftests.harness.steward import TURNS, Steward, hand_in
 from uffd_selftests.machine.facts import Facts
 
@@ -76,11 +79,17 @@ def _is_worker(config: pytest.Config) -> bool:
 def _be_worker(config: pytest.Config, settings: Settings, given: dict[str, Any]) -> None:
     end_with(os.getppid(), signal.SIGTERM)  # xdist's worker would notice only when it next reports
     facts = config.stash[FACTS] = Facts.from_dict(given["facts"])
-    turns = Path(given["folder"]) / TURNS
-    number = int(config.workerinput["workerid"].removeprefix("gw"))  # type: ignore[attr-defined]
-    _register(
-        config, Runner(settings, facts, turns=turns, cpu=number, launchpad=given["launchpad"], shows=given["shows"])
-    )
+    name = config.workerinput["workerid"]  # type: ignore[attr-defined]
+    site, turns = None, None
+    if settings.machine:
+        site = Site(Machine.load(settings.machine).source(name), remote=True)
+    else:
+        turns = Path(given["folder"]) / TURNS
+        if address := given["launchpad"]:
+            site = Site(lambda: launchpad.connect(address) or Launcher.start(Cases()))
+    number = int(name.removeprefix("gw"))
+    sole = settings.machine is not None
+    _register(config, Runner(settings, facts, site, turns=turns, sole=sole, cpu=number, shows=given["shows"]))
 
 
 def _be_first(config: pytest.Config, settings: Settings, signals: Signals) -> None:
@@ -88,19 +97,30 @@ def _be_first(config: pytest.Config, settings: Settings, signals: Signals) -> No
     if settings.ktap_fd is not None or settings.folder:
         reporter = config.stash[REPORTER] = Reporter(settings, signals)
         _register(config, reporter)
-    launcher = config.stash.get(LAUNCHER, None)
-    steward = config.stash[STEWARD] = Steward(config, settings, signals, reporter)
-    if isinstance(launcher, Launchpad):
-        steward.launchpad, launcher = launcher.address, None
+    given = config.stash.get(LAUNCHER, None)
+    serial = config.getoption("dist", "no") == "no"
+    guarded = reporter.descriptors if reporter else []
+    machine = Machine.load(settings.machine) if settings.machine else None
+    first = [given] if isinstance(given, Launcher) else []
+    if machine:
+        source = machine.source(first=len(first) + 1)
+        site = Site(lambda: first.pop() if first else source(), remote=True) if serial else None
+    elif isinstance(given, Launchpad):
+        address = given.address
+        site = Site(lambda: launchpad.connect(address) or Launcher.start(Cases(), guarded))
+    else:
+        site = Site(lambda: first.pop() if first else Launcher.start(Cases(), guarded))
+    steward = config.stash[STEWARD] = Steward(config, settings, signals, reporter, site=site, machine=machine)
+    if isinstance(given, Launchpad):
+        steward.launchpad = given.address
     config.stash[FACTS] = steward.facts
     _register(config, steward)
-    if config.getoption("dist", "no") == "no":
-        guarded = reporter.descriptors if reporter else ()
+    if serial:
         shows = reporter is not None and reporter.shows
-        _register(
-            config,
-            Runner(settings, steward.facts, health=steward.health, guarded=guarded, launcher=launcher, shows=shows),
-        )
+        own = site if given or machine else None  # what somebody describes failures for is forked when all are known
+        runner = Runner(settings, steward.facts, own, sole=True, guarded=guarded, shows=shows)
+        steward.runner = runner
+        _register(config, runner)
 
 
 def _register(config: pytest.Config, part: Reporter | Steward | Runner) -> None:
@@ -178,7 +198,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     wanted = [item for item in items if _wanted(item, settings)]
     if len(wanted) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if not _wanted(item, settings)])
-    items[:] = sorted(wanted, key=_lateness)
+    if settings.machine:
+        items[:] = durations.longest_first(wanted, Machine.load(settings.machine).durations)
+    else:
+        items[:] = sorted(wanted, key=_lateness)
 
 
 def _lateness(item: pytest.Item) -> tuple[bool, int]:
@@ -205,7 +228,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     workerinput = getattr(session.config, "workerinput", None)
     if workerinput is not None:
         plan = _plan(session)
-        hand_in(Path(json.loads(workerinput["uffd"])["folder"]), workerinput["workerid"], plan, _name_clash(plan))
+        error = _name_clash(plan) or _refusal(session)
+        hand_in(Path(json.loads(workerinput["uffd"])["folder"]), workerinput["workerid"], plan, error)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -218,7 +242,7 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     if hasattr(config, "workerinput") or config.getoption("dist", "no") != "no":
         return
     plan = _plan(session)
-    if error := _name_clash(plan):
+    if error := _name_clash(plan) or _refusal(session):
         raise pytest.UsageError(error)
     if not config.option.collectonly:
         if REPORTER in config.stash or any(declaration(item)[0] for item in session.items):
@@ -243,6 +267,15 @@ def _name_clash(plan: list[Planned]) -> str:
         other = seen.setdefault(planned.name, planned)
         if other is not planned:
             return f"two results are named {planned.name}: {other.nodeid} and {planned.nodeid}"
+    return ""
+
+
+def _refusal(session: pytest.Session) -> str:
+    """Return why something cannot run in a guest, if so."""
+    if session.config.stash[SETTINGS].machine:
+        for item in session.items:
+            if not isinstance(item, CaseItem):
+                return f"{item.nodeid} cannot run in another kernel: it takes more of pytest than ctx, mem and variant"
     return ""
 
 

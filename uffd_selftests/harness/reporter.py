@@ -36,8 +36,7 @@ import pytest
 
 import uffd_selftests
 from uffd_selftests.harness import ktap
-from uffd_selftests.harness.results import LAST, Planned, Result, judge
-from uffd_selftests.machine.facts import KMSG
+from uffd_selftests.harness.results import LAST, Planned, Result, judge, told_of_deaths
 from uffd_selftests.report.model import FORMAT
 
 if TYPE_CHECKING:
@@ -45,9 +44,6 @@ if TYPE_CHECKING:
 
     from uffd_selftests.command.interrupts import Signals
     from uffd_selftests.harness.settings import Settings
-
-NOTE = "uffd-selftests: case "
-"""What stands before the name of a case that begins, in the kernel's log."""
 
 
 class Reporter:
@@ -61,7 +57,6 @@ class Reporter:
         self._data_only = settings.data_only
         self._progress = sys.stderr if settings.brief and sys.stderr.isatty() else None
         self._signals = signals
-        self._kmsg = open(KMSG, "w") if settings.kmsg else None  # noqa: SIM115  # open as long as this is
         self._planned = 0
         self._started = datetime.now(timezone.utc)
         self._clock = time.monotonic()
@@ -75,7 +70,7 @@ class Reporter:
     @property
     def shows(self) -> bool:
         """Whether it tells somebody what begins."""
-        return bool(self._kmsg or self._progress)
+        return bool(self._progress)
 
     @property
     def descriptors(self) -> list[int]:
@@ -84,7 +79,7 @@ class Reporter:
 
     def close(self) -> None:
         """Close the files."""
-        for stream in (*self._streams, *([self._kmsg] if self._kmsg else [])):
+        for stream in self._streams:
             with contextlib.suppress(OSError):
                 stream.close()
 
@@ -92,6 +87,11 @@ class Reporter:
     def totals(self) -> Counter[str]:
         """How many results there are of each outcome."""
         return Counter(result.outcome for result in self.results)
+
+    @property
+    def deaths(self) -> list[str]:
+        """The names of the results under which a guest has died."""
+        return [result.name for result in self.results if result.died]
 
     def begin(self, plan: Iterable[Planned], remarks: Iterable[str]) -> None:
         """Announce the results to come."""
@@ -103,10 +103,6 @@ class Reporter:
     @pytest.hookimpl
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """Show what is running."""
-        if self._kmsg and nodeid in self._open:
-            with contextlib.suppress(OSError):
-                self._kmsg.write(f"{NOTE}{self._open[nodeid].name}\n")
-                self._kmsg.flush()
         if self._progress and nodeid in self._open:
             self._show(f"[{len(self.results) + 1}/{self._planned}] {self._open[nodeid].name}")
 
@@ -147,6 +143,8 @@ class Reporter:
                 self.add(Result(planned, "error", "never ran"))
         self._show("")
         with contextlib.suppress(BrokenPipeError):
+            if self.deaths:
+                self._ktap.remark(told_of_deaths(self.deaths))
             if self._planned:
                 self._ktap.totals(self.totals)
             if interrupted and (self._open or not self._planned):
@@ -203,11 +201,12 @@ class Reporter:
             "results": [result.to_dict() for result in self.results],
             "totals": dict(self.totals),
             "interrupted": interrupted,
+            **({"deaths": self.deaths} if self.deaths else {}),
             "exitstatus": exitstatus,
             "options": options,
             "versions": {
                 "uffd-selftests": uffd_selftests.__version__,
-                "kernel": platform.release(),
+                "kernel": str(environment["facts"]["release"]),
                 "python": platform.python_version(),
                 "pytest": pytest.__version__,
             },

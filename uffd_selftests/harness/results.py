@@ -26,6 +26,8 @@ MAX_LINE = 500
 HARNESS = "uffd_selftests/harness/runner.py"
 LAST = "uffd_last"
 """The attribute of the last of a test's reports, where pytest does not say that the test is finished."""
+GUEST = "uffd_guest"
+"""The attribute of a report that names the virtual machine in which its test ran."""
 MAX_OUTPUT_LINES = 40
 """How much captured output a diagnostic shows: the last lines."""
 
@@ -71,7 +73,7 @@ class Planned:
             case.rows,
             case.kind.value,
             dataclasses.asdict(case.defect) if case.defect else None,
-            0 if facts and missing(case, mem, facts) else hugepages_needed(case, mem, area_bytes),
+            _hugepages(case, mem, area_bytes, facts),
             case.bugs,
         )
 
@@ -79,6 +81,12 @@ class Planned:
     def from_dict(cls, plain: dict[str, Any]) -> Planned:
         """Return what JSON has made of the fields."""
         return cls(**{**plain, "rows": tuple(plain["rows"]), "bugs": tuple(plain["bugs"])})
+
+
+def _hugepages(case: Case, mem: MemType | None, area_bytes: int, facts: Facts | None) -> int:
+    if facts and missing(case, mem, facts):
+        return 0
+    return hugepages_needed(case, mem, area_bytes, facts.hugepage_size if facts else 0)
 
 
 def declaration(item: pytest.Item) -> tuple[Case | None, str | None, MemType | None]:
@@ -104,6 +112,10 @@ class Result:
     diagnostics: list[str] = field(default_factory=list)
     """Lines for the reader of a result that is not ok."""
     seconds: float = 0.0
+    guest: str = ""
+    """The virtual machine in which it ran, if it did."""
+    died: bool = False
+    """That machine died under it."""
 
     @property
     def name(self) -> str:
@@ -122,13 +134,22 @@ class Result:
             **plain,
             "rows": list(self.planned.rows),
             "bugs": list(self.planned.bugs),
+            **({"guest": self.guest, "died": self.died} if self.guest else {}),
         }
+
+
+def told_of_deaths(names: Sequence[str]) -> str:
+    """Say under which results guests have died."""
+    return f"{len(names)} guest{'s' * (len(names) > 1)} died, under {', '.join(names)}"
 
 
 def judge(planned: Planned, reports: Sequence[pytest.TestReport]) -> Result:
     """Make one result of the reports of a test's phases (and of its subtests)."""
     outcome, reason = _outcome(reports)
     result = Result(planned, outcome, reason, seconds=sum(report.duration for report in reports))
+    for report in reports:
+        result.guest = getattr(report, GUEST, result.guest)
+        result.died |= bool(verdict(report).get("died"))
     if outcome in ("fail", "error", "timeout"):
         failed = [report for report in reports if report.failed]
         result.diagnostics = [line[:MAX_LINE] for part in _diagnostics(planned, failed) for line in part.splitlines()]

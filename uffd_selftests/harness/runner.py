@@ -6,27 +6,26 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import itertools
+import json
 import os
-import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 from _pytest.runner import runtestprotocol
 
-from uffd_selftests.harness import gating, launchpad, plain
-from uffd_selftests.harness.health import HugepageUse
+from uffd_selftests.harness import gating, plain
 from uffd_selftests.harness.isolation import Ending, How, Isolator, Send
 from uffd_selftests.harness.items import CaseItem
+from uffd_selftests.harness.jobs import Cases, Setting
 from uffd_selftests.harness.launcher import Launcher, Order
-from uffd_selftests.harness.results import LAST, declaration, place, skipped_for
-from uffd_selftests.machine.hugepages import lack_of_hugepages
+from uffd_selftests.harness.results import GUEST, LAST, declaration, place, skipped_for
+from uffd_selftests.harness.site import Lost, Site, Spent, setting
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from uffd_selftests.case import Case
-    from uffd_selftests.harness.health import KernelHealth
     from uffd_selftests.harness.settings import Settings
     from uffd_selftests.machine.facts import Facts
     from uffd_selftests.mem_types import MemType
@@ -51,53 +50,48 @@ class Runner:
         self,
         settings: Settings,
         facts: Facts,
+        site: Site | None,
         *,
         turns: Path | None = None,
-        health: KernelHealth | None = None,
+        sole: bool = False,
         guarded: Iterable[int] = (),
         cpu: int = 0,
-        launcher: Launcher | None = None,
-        launchpad: str = "",
         shows: bool = False,
     ) -> None:
         self._settings = settings
         self._facts = facts
+        self._site = site
+        """Where plain cases run; without one, in what this process forks."""
+        self._own_site = site is None
         self._turns = turns
         """If this file is there, the huge pages do not suffice for all workers: whoever takes some locks it."""
-        self._health = health
-        """Set if nobody else runs cases now, so that what the kernel says and loses is the doing of the case."""
+        self._sole = sole
+        """Nobody else runs cases there now, so that what the kernel says and loses is the doing of the case."""
         self._guarded = list(guarded)
-        self._cpus = sorted(os.sched_getaffinity(0))
-        self._cpu = self._cpus[cpu % len(self._cpus)]
+        self._cpu = cpu
         """Where cases run that want a single CPU; another one for each worker."""
-        self._given = launcher
-        """What is the launcher first; it is smaller than what this process can fork, and knows no pytest."""
         self._shows = shows
         """Somebody wants to know what begins, even in a run in which only the results are told."""
-        self._launchpad = launchpad
-        """Where there are others like that, if anywhere."""
-        self._launcher: Launcher | None = None
-        """Runs plain cases."""
         self._last: pytest.Item | None = None
         """What was run before."""
         self._together: list[str] = []
         """The results so far of the process that waits in the launcher for the next one."""
         self._ahead: dict[str, Order] = {}
         """What the launcher has begun already, if anything, by its nodeid."""
-        self._shares = settings.sharing
+        self._shares = settings.sharing and not settings.pristine
         """Whether a process may run several cases: until the kernel complains, to know which one it means next time."""
         self._following: dict[str, pytest.Item | None] = {}
         """What runs after a test, by its nodeid; with workers that is a guess, but of the present one."""
         self._known_lacks: dict[tuple[int, MemType | None], list[gating.Missing]] = {}
         self._isolator: Isolator | None = None
         """Runs everything else: what is forked here has whatever other plugins left in this process."""
+        self.lost = ""
+        """Why nothing more could be run, if so."""
 
     def close(self) -> None:
         """End what is running."""
-        for launcher in (self._given, self._launcher):
-            if launcher:
-                launcher.close()
-        self._given = self._launcher = None
+        if self._site:
+            self._site.close()
         if self._isolator:
             self._isolator.close()
             self._isolator = None
@@ -112,22 +106,26 @@ class Runner:
         self._following[item.nodeid] = nextitem
         if not case:
             return self._run(item, isolate=self._settings.isolate_all or bool(item.get_closest_marker("isolated")))
-        lacking = self._lacking(case, mem)
-        needed = 0 if lacking else gating.hugepages_needed(case, mem, self._settings.area_bytes_of(case))
+        if lacking := self._lacking(case, mem):
+            self._refuse(item, lacking)
+            return None
+        needed = self._hugepages(case, mem)
         with self._turn(needed):
-            if item.nodeid in self._ahead:
-                pass  # the launcher has looked
-            elif needed and (reason := lack_of_hugepages(self._facts.hugepage_size, needed)):
-                lacking = [gating.Missing(gating.HUGEPAGES, reason)]
-            if lacking:
-                self._refuse(item, lacking)
-            return self._run(item, isolate=not lacking, hugepages=needed)
+            elsewhere = isinstance(item, CaseItem)  # where somebody looks
+            if needed and not elsewhere and (reason := self._site_of(item).ask("begin", needed)):
+                self._refuse(item, [gating.Missing(gating.HUGEPAGES, reason)])
+                return None
+            return self._run(item, isolate=True)
+
+    def _hugepages(self, case: Case, mem: MemType | None) -> int:
+        """Return how many huge pages a case takes."""
+        return gating.hugepages_needed(case, mem, self._settings.area_bytes_of(case), self._facts.hugepage_size)
 
     def _lacking(self, case: Case, mem: MemType | None) -> list[gating.Missing]:
         known = self._known_lacks.get((id(case), mem))
         if known is None:
             known = gating.missing(case, mem, self._facts)
-            if case.may_hang_kernel and not self._settings.may_hang_kernel:
+            if case.may_hang_kernel and not (self._settings.may_hang_kernel or (self._site and self._site.remote)):
                 known.append(gating.NOT_ASKED_FOR)
             self._known_lacks[id(case), mem] = known
         return known
@@ -143,8 +141,8 @@ class Runner:
 
     def _part(self) -> None:
         """Let what runs next have a process of its own."""
-        if self._launcher and self._together:
-            self._launcher.dismiss()
+        if self._site and self._together:
+            self._site.dismiss()
         self._together = []
 
     @pytest.hookimpl(tryfirst=True)
@@ -167,14 +165,22 @@ class Runner:
                 # Not left to closing alone: a child that cannot be killed would still have the file open.
                 fcntl.flock(file, fcntl.LOCK_UN)
 
-    def _run(self, item: pytest.Item, *, isolate: bool, hugepages: int = 0) -> bool | None:
-        """Run a test in a child and report, or leave it to pytest; hugepages says how many it may take."""
+    def _run(self, item: pytest.Item, *, isolate: bool) -> bool | None:
+        """Run a test in a child and report, or leave it to pytest."""
         if not isolate or not self._settings.isolate:
             return None
         hook, brief = item.ihook, self._settings.brief
         if self._shows or not brief:
             hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        reports = self._isolated(item, hugepages=hugepages)
+        try:
+            reports = self._isolated(item)
+        except Spent as spent:
+            reports = _reports(item, Ending(How.ERROR, str(spent), [], [], [], 0.0), is_plain=True)
+        except Lost as lost:
+            reports = _reports(item, Ending(How.ERROR, str(lost), [], [], [], 0.0), is_plain=True)
+            item.session.shouldstop = self.lost = str(lost)
+        if not reports:
+            return None
         if brief:
             reports = _shortened(reports)
         for report in reports:
@@ -183,13 +189,24 @@ class Runner:
             hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
 
-    def _isolated(self, item: pytest.Item, *, hugepages: int) -> list[pytest.TestReport]:
+    def _isolated(self, item: pytest.Item) -> list[pytest.TestReport]:
+        """Run a test in a child; return nothing when it lacks huge pages and is left to pytest."""
         case, _, _ = declaration(item)
         is_plain = isinstance(item, CaseItem)
         if self._last and self._last.parent is not item.parent:
             self._together = []
         together = self._together
-        ending = self._launch(item) if isinstance(item, CaseItem) else self._fork(item, hugepages)
+        guest = ""
+        if isinstance(item, CaseItem):
+            ending, guest = self._launch(item)
+        else:
+            ending = self._fork(item)
+        trusted = not self._site or not self._site.remote
+        ending.records = [plain.unpack(record) or (record if trusted else None) for record in ending.records]
+        for record in ending.records:
+            if isinstance(record, plain.Lacking):
+                self._refuse(item, [gating.Missing(gating.HUGEPAGES, record.reason)])
+                return []
         self._last = item
         if case and case.stress and ending.how is not How.DONE:
             ending.evidence.append(f"again: --stress-seed {self._settings.stress_seed}")
@@ -197,7 +214,7 @@ class Runner:
         left = [record.line for record in ending.records if isinstance(record, plain.Leak)] + ending.leftovers
         if left:
             _fail_late(item, reports, "left behind", left)
-        if self._health and not ending.followed and (complaints := self._health.complaints()):
+        if complaints := ending.complaints:
             if together:
                 others = f"{together[0]} and {len(together) - 1} more" if together[1:] else together[0]
                 complaints.append(f"the same process had run {others}; from now on each case has its own")
@@ -207,32 +224,71 @@ class Runner:
             self._part()
             if together:
                 failed[0].sections.append(("Before it, its process had run", "\n".join(together[-SHOWN:])))
+        for report in reports:
+            setattr(report, GUEST, guest)
+        if is_plain:
+            self._look_after(ending)
         return reports
 
-    def _launch(self, item: CaseItem) -> Ending:
-        """Run a plain case in a child of a process that does nothing else."""
-        if not self._launcher:
-            self._launcher = self._new_launcher(item.session)
-            self._launcher.set_up(plain.Setting(dict(os.environ), list(sys.path), self._facts.hugepage_size))
-            if self._isolator:
-                self._isolator.spare(self._launcher.pid)
+    def _look_after(self, ending: Ending) -> None:
+        """Have another machine do what follows, if this one is not as it was and there are others."""
+        if self._site and self._site.remote and (ending.damaged or self._settings.pristine):
+            self._site.replace()
+            self._ahead, self._together = {}, []
+
+    def _launch(self, item: CaseItem) -> tuple[Ending, str]:
+        """Run a plain case in a child of a process that does nothing else; return the name of its machine, too."""
+        site = self._site_of(item)
+        site.supply(item.path, item.function.__module__)
         following = self._following[item.nodeid]
         then = None
         if isinstance(following, CaseItem) and self._may_follow(following):
             then = self._order(following, before=item)
-        ending = self._launcher.run(self._ahead.get(item.nodeid) or self._order(item, before=self._last), then)
+        guest = site.launcher.name
+        ending = site.run(self._ahead.get(item.nodeid) or self._order(item, before=self._last), then)
         self._ahead = {following.nodeid: then} if following and then and ending.followed else {}
         self._together = [*self._together, item.result_name] if ending.rests else []
-        if not self._launcher.alive:
-            self._launcher.close()
-            self._launcher = None
-        return ending
+        return ending, guest
 
-    def _new_launcher(self, session: pytest.Session) -> Launcher:
-        given, self._given = self._given, None
-        if not given and self._launchpad:
-            given = launchpad.connect(self._launchpad)
-        return given or Launcher.start(plain.Cases(_describer(session)), self._guarded)
+    def _site_of(self, item: pytest.Item) -> Site:
+        """Return where plain cases run, made ready for them."""
+        if not self._site:
+            self._site = Site(lambda: Launcher.start(Cases(_describer(item.session)), self._guarded))
+        if not self._site.is_set_up:
+            self._site.set_up(self._setting(item))
+            if self._isolator:
+                self._isolator.spare(self._site.launcher.pid)
+        return self._site
+
+    def _setting(self, item: pytest.Item) -> Setting:
+        """Return what a launcher is to know of this run; one of another machine takes care of its huge pages."""
+        remote = self._site is not None and self._site.remote
+        result = setting(self._settings, self._facts, sole=self._sole, remote=remote)
+        if remote:
+            items = [each for each in item.session.items if isinstance(each, CaseItem)]
+            able = [each for each in items if not self._lacking(each.case, each.mem)]
+            result["hugepages"] = max((self._hugepages(each.case, each.mem) for each in able), default=0)
+        return result
+
+    @property
+    def has_own_site(self) -> bool:
+        """Whether plain cases ran in what this process has forked."""
+        return self._own_site
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Hand the steward what a worker's guest has to say at its end."""
+        output = getattr(session.config, "workeroutput", None)
+        if output is not None and self._site and self._site.remote:
+            output["uffd"] = json.dumps({"lost": self.lost, "found": self._site.finish()})
+
+    def late(self) -> list[str]:
+        """Return what the kernel complained of after the last case of a process that has a launcher of its own."""
+        complaints: list[str] = []
+        with contextlib.suppress(OSError, EOFError, Lost):
+            if self._sole and self._site and self._site.is_set_up:
+                complaints = self._site.ask("end")["complaints"]
+        return complaints
 
     def _order(self, item: CaseItem, *, before: pytest.Item | None) -> Order:
         """Return what the launcher needs to know of a plain case."""
@@ -240,15 +296,16 @@ class Runner:
         capture = item.config.pluginmanager.getplugin("capturemanager")
         task = plain.Task(
             item.nodeid,
+            item.result_name,
             item.function.__module__,
             item.function.__name__,
             item.arguments,
             item.variant,
             mem.name if mem else None,
             item.area_bytes,
-            self._cpus_of(case),
+            None if case.smp else self._cpu,
             GIVES_WAY if self._turns and not case.smp else 0,
-            gating.hugepages_needed(case, mem, item.area_bytes) if self._health else 0,
+            self._hugepages(case, mem),
             bool(expectation(item)),
             captured=bool(capture) and capture.is_globally_capturing() and not case.stress,  # which shows how far it is
         )
@@ -258,10 +315,6 @@ class Runner:
             apart=before is None or before.parent is not item.parent,
             more=self._shares and self._goes_on(item),
         )
-
-    def _cpus_of(self, case: Case | None) -> frozenset[int]:
-        """Return where a test may run."""
-        return frozenset({self._cpu} if case and not case.smp else self._cpus)
 
     def _goes_on(self, item: pytest.Item) -> bool:
         """Whether what follows a case is one of the same file, and both are fit to share a process."""
@@ -279,23 +332,25 @@ class Runner:
         case, _, _ = declaration(item)
         if self._turns and self._turns.exists():
             return False
-        return self._shares and not self._settings.kmsg and self._is_fit(item) and not (case and case.may_hang_kernel)
+        return self._shares and self._is_fit(item) and not (case and case.may_hang_kernel)
 
     def _is_fit(self, item: pytest.Item) -> bool:
         """Whether a test is a plain case that can run here and is over soon: it does not show how far it is."""
         case, _, mem = declaration(item)
         return case is not None and isinstance(item, CaseItem) and not case.stress and not self._lacking(case, mem)
 
-    def _fork(self, item: pytest.Item, hugepages: int) -> Ending:
+    def _fork(self, item: pytest.Item) -> Ending:
         """Run a test in a child of this process."""
         if not self._isolator:
             self._isolator = Isolator()
             for fd in self._guarded:
                 self._isolator.guard(fd)
-        pages = HugepageUse(self._facts.hugepage_size if hugepages and self._health else 0)
         case, _, _ = declaration(item)
         ending = self._isolator.run(lambda send: self._perform(item, send), deadline=self._settings.deadline_of(case))
-        ending.leftovers += pages.lost()
+        if case:
+            found = self._site_of(item).ask("end")
+            ending.leftovers += found["leftovers"]
+            ending.complaints = found["complaints"]
         return ending
 
     def _perform(self, item: pytest.Item, send: Send) -> None:
@@ -313,7 +368,8 @@ class Runner:
         for relay in (item.config.hook, item.ihook):
             setattr(relay, "pytest_runtest_logreport", forward)  # noqa: B010  # mypy knows no hook by name
         case, _, _ = declaration(item)
-        plain.keep_to(self._cpus_of(case))
+        cpus = sorted(os.sched_getaffinity(0))
+        plain.keep_to({cpus[self._cpu % len(cpus)]} if case and not case.smp else set(cpus))
         runtestprotocol(item, log=True, nextitem=None)
         if not failed:
             plain.send_leaks(send)
@@ -352,7 +408,7 @@ def _describer(session: pytest.Session) -> plain.Describe | None:
 def _reports(item: pytest.Item, ending: Ending, *, is_plain: bool) -> list[pytest.TestReport]:
     """Return pytest's reports of a child, with one more if it did not come to a good end."""
     unpack = item.config.hook.pytest_report_from_serializable
-    reports = [unpack(config=item.config, data=data) for data in ending.records if isinstance(data, dict)]
+    reports = [unpack(config=item.config, data=_tupled(data)) for data in ending.records if isinstance(data, dict)]
     if is_plain:
         reports = _fill_in(item, ending, reports)
     if ending.how is How.DONE and not ending.leftovers:
@@ -361,9 +417,19 @@ def _reports(item: pytest.Item, ending: Ending, *, is_plain: bool) -> list[pytes
     if ending.how is not How.DONE and not (is_plain and any(report.failed for report in reports)):
         word = ending.how.name
         text = "\n".join([f"{word} {ending.reason}", *ending.evidence])
-        verdict = {"outcome": word.lower(), "reason": ending.reason, "evidence": ending.evidence}
+        verdict = {"outcome": word.lower(), "reason": ending.reason, "evidence": ending.evidence, "died": ending.died}
         reports.append(_failure(item, reports, text, sections=sections, duration=ending.seconds, uffd=verdict))
     return reports
+
+
+def _tupled(data: dict[str, Any]) -> dict[str, Any]:
+    """Return pytest's report, as plain data, with the tuples that JSON has made lists of."""
+    for name in ("location", "longrepr"):
+        if isinstance(data.get(name), list):
+            data[name] = tuple(data[name])
+    for name in ("sections", "user_properties"):
+        data[name] = [tuple(each) for each in data.get(name, ())]
+    return data
 
 
 def _fill_in(item: pytest.Item, ending: Ending, reports: list[pytest.TestReport]) -> list[pytest.TestReport]:

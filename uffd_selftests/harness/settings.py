@@ -154,6 +154,10 @@ class Settings:
     folder: Path | None
     data_only: bool
     """Write no reports that can be made of results.json."""
+    machine: Path | None
+    """The file that says from what the guests are started in which cases run (guest.py)."""
+    pristine: bool
+    """Each result has a guest of its own."""
 
     @classmethod
     def of(cls, config: pytest.Config) -> Settings:
@@ -189,6 +193,8 @@ class Settings:
             option.list_ids,
             Path(option.report_dir) if option.report_dir else None,
             option.report_data_only,
+            Path(option.machine) if option.machine else None,
+            option.pristine,
         )
 
     def deadline_of(self, case: Case | None) -> float:
@@ -239,6 +245,7 @@ class Settings:
             "isolation": self.isolate,
             "sharing": self.sharing,
             "may_hang_kernel": self.may_hang_kernel,
+            "pristine": self.pristine,
         }
 
 
@@ -273,4 +280,6 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption(MAY_HANG_KERNEL.flag, action="store_const", const="1", help=text)
     group.addoption("--list-ids", action="store_true", help="with --collect-only: list results with pytest's names")
     group.addoption("--report-data-only", action="store_true", help="write no junit.xml and no report.html")
+    group.addoption("--machine", metavar="FILE", help="run cases in guests, as --kernel prepares them")
+    group.addoption("--pristine", action="store_true", help="give each result a guest of its own")
     group.addoption("--report-dir", metavar="DIR", help="write results.tap, results.json... into this folder")

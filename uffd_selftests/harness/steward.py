@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What a run does once, in pytest's first process: probe, plan, change the machine and put it back, end in order."""
+"""What a run does once, in pytest's first process: the kernel probed, the machine changed and put back, all ended."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from uffd_selftests.harness.health import HugepageUse, KernelHealth
+from uffd_selftests.harness import durations
 from uffd_selftests.harness.results import Planned, Result
-from uffd_selftests.machine.facts import probe
-from uffd_selftests.machine.hugepages import HugepagePool
-from uffd_selftests.machine.repair import repair
+from uffd_selftests.harness.settings import STRESS_LOG
+from uffd_selftests.harness.site import Lost, Site, merge, setting
+from uffd_selftests.machine.facts import Facts
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
     from uffd_selftests.command.interrupts import Signals
+    from uffd_selftests.harness.guest import Machine
     from uffd_selftests.harness.reporter import Reporter
+    from uffd_selftests.harness.runner import Runner
     from uffd_selftests.harness.settings import Settings
 
 # Files in the folder that the steward and the workers share.
@@ -42,23 +44,34 @@ def hand_in(folder: Path, worker: str, plan: list[Planned], error: str) -> None:
 class Steward:
     """A pytest plugin, in the serial process or in xdist's controller, never in a worker."""
 
-    def __init__(self, config: pytest.Config, settings: Settings, signals: Signals, reporter: Reporter | None) -> None:
-        self.facts = probe()
-        self.health = KernelHealth()
+    def __init__(
+        self, config: pytest.Config, settings: Settings, signals: Signals, reporter: Reporter | None = None,
+        *, site: Site | None, machine: Machine | None = None,
+    ) -> None:  # fmt: skip
+        """Without a site each worker has one in a guest of its own, and the machine says what is known of them."""
+        survey = machine.survey if machine else site.ask("survey") if site else {}
+        self.facts = Facts.from_dict(survey["facts"])
+        self.unreadable = str(survey["unreadable"])
+        """Why the kernel's log cannot be read; empty when it can."""
         self.launchpad = ""
         """Where workers get their launchers, if not of themselves."""
+        self.runner: Runner | None = None
+        """What runs the cases, if this process does."""
+        self._site = site
+        self._machine = machine
+        self._found: dict[str, Any] = {}
+        self._changed: dict[str, Any] = {}
         self._cleanup = contextlib.ExitStack()
-        self._cleanup.callback(self.health.close)
+        if site:
+            self._cleanup.callback(site.close)
         self._config = config
         self._settings = settings
         self._signals = signals
         self._reporter = reporter
         self._folder: Path | None = None
         self._workers: list[int] = []
-        self._pool: HugepagePool | None = None
-        self._pages = HugepageUse(self.facts.hugepage_size)
         self._begun = False
-        self._ended_by = ""
+        self._ended_by = self._lost = ""
         self._problems: list[Result] = []
 
     @property
@@ -79,21 +92,23 @@ class Steward:
         if self._ended_by or not plan:
             return
         self._begun = True
-        repair()
-        self._cleanup.callback(repair)  # a case that was killed may have left a setting changed
-        self._pages = HugepageUse(self.facts.hugepage_size)
-        wanted = workers * max(planned.hugepages for planned in plan)
-        if wanted:
-            self._pool = self._cleanup.enter_context(HugepagePool(self.facts.hugepage_size, wanted))
-            if self._pool.shortage and workers > 1:
+        if self._site:
+            serial = self._config.getoption("dist", "no") == "no"
+            told = setting(self._settings, self.facts, sole=serial, remote=self._site.remote)
+            told["hugepages"] = workers * max(planned.hugepages for planned in plan)
+            try:
+                self._changed = self._site.set_up(told)
+            except (EOFError, Lost) as error:
+                raise pytest.exit.Exception(str(error), pytest.ExitCode.TESTS_FAILED) from None
+            if self._changed["shortage"] and workers > 1:
                 (self.folder / TURNS).touch()
         if self._reporter:
             self._reporter.begin(plan, self._remarks())
 
     def _remarks(self) -> list[str]:
         remarks = [f"Linux {self.facts.release} {self.facts.machine}"]
-        if self.health.unreadable:
-            remarks.append(f"the kernel log is not checked: {self.health.unreadable}")
+        if self.unreadable:
+            remarks.append(f"the kernel log is not checked: {self.unreadable}")
         return remarks
 
     @pytest.hookimpl(optionalhook=True)
@@ -119,6 +134,14 @@ class Steward:
             raise pytest.Session.Interrupted(self._ended_by)
         if not self._begun:
             self.begin([Planned.from_dict(planned) for planned in paper["plan"]], len(self._config.option.tx))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Take what the guest of an xdist worker had to say at its end."""
+        paper = json.loads(getattr(node, "workeroutput", {}).get("uffd", "{}"))
+        self._lost = self._lost or paper.get("lost", "")
+        self._ended_by = self._ended_by or self._lost
+        merge(self._found, paper.get("found", {}))
 
     # ---- the end ----
 
@@ -152,7 +175,8 @@ class Steward:
             failure = error
         if self._begun:
             self._judge_run()
-        if self._problems and session.exitstatus == pytest.ExitCode.OK:
+        lost = bool(self._lost or (self.runner and self.runner.lost))
+        if lost or (self._problems and session.exitstatus == pytest.ExitCode.OK):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
         self._write(session, failure)
         self.close()
@@ -167,6 +191,8 @@ class Steward:
         for problem in self._problems:
             self._reporter.add(problem)
         self._reporter.finish(ended_by)
+        if self._machine:
+            durations.remember(Path(self._machine.measured), self._reporter.results)
         try:
             self._reporter.write_files(self._documents(ended_by, int(session.exitstatus)))
             self._reporter.write_junit()
@@ -176,10 +202,12 @@ class Steward:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def _judge_run(self) -> None:
-        """Find what no single result can be blamed for."""
-        if complaints := self.health.complaints():
+        """Have the machine put back; find what no single result can be blamed for."""
+        late = self.runner.late() if self.runner and self.runner.has_own_site else None
+        self._found = self._site.finish() if self._site else self._found
+        if complaints := self._found.get("complaints", []) if late is None else late:
             self._blame("kernel-log", complaints)
-        if self._workers and (lost := self._pages.lost()):
+        if self._workers and (lost := self._found.get("lost")):
             self._blame("hugepages", lost)
 
     def _blame(self, name: str, lines: list[str]) -> None:
@@ -190,17 +218,18 @@ class Steward:
         return {
             "results.json": self._summary(ended_by, exitstatus, environment),
             "environment.json": environment,
-            "dmesg.txt": "".join(f"{record}\n" for record in self.health.records),
+            **({STRESS_LOG: log} if (log := self._found.get("stress")) else {}),
+            "dmesg.txt": "".join(f"{record}\n" for record in self._found.get("records", ())),
         }
 
     def _environment(self) -> dict[str, Any]:
-        changed = {"hugepages": {"size": self._pool.size, "added": self._pool.added}} if self._pool else {}
+        pages = self._changed.get("hugepages")
         return {
             "facts": self.facts.to_dict(),
-            "changed": changed,
-            "hugepage_shortage": self._pool.shortage if self._pool else None,
-            "kernel_log_unreadable": self.health.unreadable or None,
-            "tainted": self.health.taints(),
+            "changed": {"hugepages": pages} if pages else {},
+            "hugepage_shortage": self._changed.get("shortage"),
+            "kernel_log_unreadable": self.unreadable or None,
+            "tainted": self._found.get("tainted", ""),
         }
 
     def _summary(self, ended_by: str, exitstatus: int, environment: dict[str, Any]) -> dict[str, Any]:
@@ -214,8 +243,8 @@ class Steward:
             terminalreporter.section(problem.name, red=True)
             for line in problem.diagnostics:
                 terminalreporter.write_line(line)
-        if self._begun and self.health.unreadable:
-            terminalreporter.write_line(f"the kernel log was not checked: {self.health.unreadable}")
+        if self._begun and self.unreadable:
+            terminalreporter.write_line(f"the kernel log was not checked: {self.unreadable}")
 
 
 def _last_line(text: object) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from uffd_selftests.machine.journal import TURN, Change, Journal, undoable
+from uffd_selftests.machine.swapfile import make_swap, swap_off, swap_on
 from uffd_selftests.machine.system import run
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ BLOCK = Path("/sys/block")
 SWAPS = Path("/proc/swaps")
 SWAP_SECONDS = 5.0
 """How long to wait for others who have memory in swap."""
-FIRST = "32767"
+FIRST = 32767
 """The priority of a swap disk that is used before all others (swapon(2))."""
 
 
@@ -65,7 +66,7 @@ class Swap(Change):
 
     def off(self) -> None:
         """Switch the disk off: the kernel reads back what is on it."""
-        run("swapoff", self._device)
+        swap_off(self._device)
 
     @property
     def _device(self) -> str:
@@ -81,8 +82,8 @@ class Swap(Change):
         assert isinstance(entry.record, _SwapRecord)
         journal.update(entry, dataclasses.replace(entry.record, disk=number))
         (BLOCK / f"zram{number}/disksize").write_text(str(self.size))
-        run("mkswap", f"/dev/zram{number}")
-        run("swapon", *(("-p", FIRST) if self.own else ()), f"/dev/zram{number}")
+        make_swap(f"/dev/zram{number}")
+        swap_on(f"/dev/zram{number}", FIRST if self.own else None)
 
 
 @dataclass
@@ -180,7 +181,7 @@ class _SwapRecord:
         for number in ours:
             device = f"/dev/zram{number}"
             if device in swap_files():
-                run("swapoff", device)
+                swap_off(device)
             (ZRAM / "hot_remove").write_text(str(number))
         if self.module:
             with contextlib.suppress(OSError):

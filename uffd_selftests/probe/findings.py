@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -71,6 +72,18 @@ class Outcome:
     def works(self) -> bool:
         """Whether it does what it is for."""
         return self.answer is Answer.WORKS
+
+    def to_plain(self) -> list[object]:
+        """Return plain data, as a process can send it."""
+        return [self.answer.name, self.offered, self.errno, self.detail]
+
+    @classmethod
+    def of(cls, plain: object) -> Outcome | None:
+        """Return what to_plain() made plain; None when it is something else."""
+        if not isinstance(plain, list) or len(plain) != len(dataclasses.fields(cls)):
+            return None
+        name, *rest = plain
+        return cls(Answer[name], *rest)
 
 
 @dataclass(frozen=True)
@@ -149,10 +162,12 @@ def look() -> Findings:
 def _try(isolator: Isolator, trial: Trial, mem: MemType, facts: Facts, *, use: bool = True) -> Outcome:
     """Do one trial in a process of its own; without use only register."""
     flags = _flags(facts, trial.kernel_faults)
-    ending = isolator.run(lambda send: send(_attempt(trial, mem, flags, use=use)), deadline=DEADLINE_OF_TRIAL)
+    ending = isolator.run(
+        lambda send: send(_attempt(trial, mem, flags, use=use).to_plain()), deadline=DEADLINE_OF_TRIAL
+    )
     if ending.how is How.TIMEOUT:
         return Outcome(Answer.HANGS, detail="; ".join(ending.evidence[:1]) or ending.reason)
-    found = next((record for record in ending.records if isinstance(record, Outcome)), None)
+    found = next(filter(None, map(Outcome.of, ending.records)), None)
     return found or Outcome(Answer.CRASHES, detail=ending.reason)
 
 
@@ -197,12 +212,12 @@ def _features(isolator: Isolator, facts: Facts) -> tuple[ApiIoctls, tuple[Featur
     def work(send: Send) -> None:
         with Uffd.create(flags) as uffd:
             answer = uffd.api()
-        send((ApiIoctls(answer.ioctls), tuple(ask(Feature(answer.features)))))
+        send([int(answer.ioctls), [dataclasses.astuple(each) for each in ask(Feature(answer.features))]])
 
     ending = isolator.run(work, deadline=DEADLINE_OF_TRIAL)
     for record in ending.records:
-        if isinstance(record, tuple):
-            return record
+        if isinstance(record, list):
+            return ApiIoctls(record[0]), tuple(FeatureFinding(*each) for each in record[1])
     return ApiIoctls(0), ()
 
 

@@ -53,6 +53,10 @@ class Result:
     rows: tuple[str, ...] = ()
     kind: str = ""
     defect: Defect | None = None
+    guest: str = ""
+    """The virtual machine in which it ran, if it did."""
+    died: bool = False
+    """That machine died under it."""
 
     @property
     def line(self) -> str:
@@ -101,6 +105,11 @@ class Run:
     def totals(self) -> Counter[str]:
         """How many results there are of each outcome."""
         return Counter(result.outcome for result in self.results.values())
+
+    @property
+    def deaths(self) -> list[str]:
+        """The names of the results under which a guest has died."""
+        return [result.name for result in self.results.values() if result.died]
 
     @property
     def missing(self) -> int:
@@ -183,6 +192,8 @@ def _result(plain: Any, number: int) -> Result:
             _strings(plain, "rows"),
             _take(plain, "kind", str, ""),
             _defect(_take(plain, "defect", dict, {})),
+            _take(plain, "guest", str, ""),
+            plain.get("died") is True,
         )
     except ValueError as error:
         raise ValueError(f"result {number}: {error}") from None

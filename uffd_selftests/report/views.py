@@ -437,6 +437,8 @@ def remarks(run: Run) -> Iterator[str]:
         yield f"The run ended early ({run.interrupted}){came}."
     elif run.missing:
         yield f"{count(run.missing, 'result')} of {run.planned} never came."
+    if run.deaths:
+        yield f"{count(len(run.deaths), 'guest')} died, under {', '.join(run.deaths)}."
     if chosen := _selection(run.options):
         yield f"Only a part of the suite was run: {chosen}."
     if run.options.get("strict"):

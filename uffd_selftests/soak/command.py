@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,31 +29,24 @@ from typing import TYPE_CHECKING, Any
 from uffd_selftests.command.interrupts import Interrupted, Signals
 from uffd_selftests.command.program import EXIT_FAILED, EXIT_NOTHING, EXIT_OK, EXIT_USAGE, PROGRAM
 from uffd_selftests.formats import junit
-from uffd_selftests.harness import ktap, proc
+from uffd_selftests.harness import ktap
 from uffd_selftests.harness.again import PRESSURE_SCALE, suite_arguments
-from uffd_selftests.harness.health import KernelHealth
+from uffd_selftests.harness.guest import Guest, Machine
 from uffd_selftests.harness.results import Planned, Result
 from uffd_selftests.harness.settings import seed
-from uffd_selftests.machine.cgroup import MemoryGroup
-from uffd_selftests.machine.repair import repair
-from uffd_selftests.machine.swap import Swap
 from uffd_selftests.report import command as page
 from uffd_selftests.report import model
-from uffd_selftests.soak.traces import Machine
+from uffd_selftests.soak.watch import Elsewhere, Here, Watch
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 WORKERS = 2
-SWAP_BYTES = 1 << 30
 LEAST_BYTES = 96 << 20
 """Two workers need as much at times: two thousand threads have stacks in the kernel, and Python's pages come and go."""
-SLACK_BYTES = {"used": 1 << 20, "kernel": 4 << 20}
-"""How much more memory than after the first round may seem to be in use: the kernel counts for each CPU and adds up
-later, and keeps some objects for later use."""
-BACK_SECONDS = 10.0
-"""How long processes and memory may take to be gone when a round is over."""
+Call = Callable[..., tuple[list[str], tuple[int, ...]]]
+"""Makes of words the call of a run of the suite, and the descriptors that it inherits."""
 
 LEFT = "left-behind"
 """The result that says what is left behind; it is there when something is."""
@@ -64,15 +58,31 @@ def main(args: argparse.Namespace, passed: Sequence[str]) -> int:
         signals = Signals()
         cleanup.callback(signals.close)
         try:
-            repair()
+            here = Here()
+            watch: Watch = here
+            guest = None
+            if args.machine:
+                guest = cleanup.enter_context(contextlib.closing(Guest(Machine.load(Path(args.machine)), "1")))
+                watch = Elsewhere(guest.ask)
+            cleanup.callback(here.close)
             try:
-                cleanup.enter_context(Swap(SWAP_BYTES))
-                group = cleanup.enter_context(MemoryGroup())
+                watch.begin()
             except OSError as error:
-                say(f"--soak needs root, a memory cgroup and swap or zram: {error.strerror}")
+                say(f"--soak needs root, a memory cgroup and swap or zram: {error.strerror or error}")
                 return EXIT_USAGE
             folder = args.output or Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix=f"{PROGRAM}-")))
-            return Soak(args, passed, folder.resolve(), group, cleanup).run()
+
+            def call(*words: str) -> tuple[list[str], tuple[int, ...]]:
+                """Return the call of a run of the suite in the group, and the descriptors that it inherits."""
+                if not guest:
+                    return here.group.command(*words), ()
+                guest.dismiss()
+                return [*words, *guest.lend(Path(args.machine), folder / "guest.json")], guest.descriptors
+
+            return Soak(args, passed, folder.resolve(), watch, call=call, cleanup=cleanup).run()
+        except EOFError as error:
+            say(f"the guest is gone: {error}")
+            return EXIT_FAILED
         except Interrupted:
             return 128 + signals.number
         except BrokenPipeError:
@@ -110,13 +120,14 @@ class Soak:
     """Rounds, and what is to be said of them together."""
 
     def __init__(
-        self, args: argparse.Namespace, passed: Sequence[str], folder: Path, group: MemoryGroup,
-        cleanup: contextlib.ExitStack,
+        self, args: argparse.Namespace, passed: Sequence[str], folder: Path, watch: Watch,
+        *, call: Call, cleanup: contextlib.ExitStack,
     ) -> None:  # fmt: skip
         self._args = args
         self._passed = passed
         self._folder = folder
-        self._group = group
+        self._watch = watch
+        self._call = call
         copy = cleanup.enter_context((folder / "results.tap").open("w"))
         stdout = os.fdopen(1, "w", closefd=False)  # sys.stdout would try again to write, at the program's end
         self._ktap = ktap.Writer(stdout, copy)
@@ -125,39 +136,35 @@ class Soak:
         self._deviations: dict[str, list[str]] = {}
         """What differed from the first round, and how, by the name of the result."""
         self._left: list[str] = []
-        self._settled: dict[str, int] = {}
-        """The cgroup's statistics after the first round."""
 
     def run(self) -> int:
         """Run rounds until the time is over, two at least, and return the exit code; raises Interrupted."""
         begun = time.monotonic()
-        with contextlib.closing(KernelHealth()) as health:
-            try:
-                before = Machine.now()
-                first = self._round()
-                if not first.results or first.document["interrupted"]:
-                    if first.document:
-                        self._ktap.bail_out(first.document["interrupted"] or "the first round has no results")
-                    return first.code or EXIT_FAILED  # it has said why
-                self._look_behind(first, before, health)
-                self._settled = self._group.statistics()
-                self._limit()
-                while self._rounds == 1 or time.monotonic() - begun < self._args.soak:
-                    later = self._round()
-                    if not (self._compare(first, later) | self._look_behind(later, before, health)):
-                        shutil.rmtree(self._folder / f"round-{later.number}", ignore_errors=True)
-            except Interrupted as interrupted:
-                for name, lines in self._deviations.items():
-                    self._ktap.remark(f"{name}:", *lines)
-                self._ktap.remark(*self._left)
-                self._ktap.bail_out(str(interrupted))
-                raise
+        try:
+            first = self._round()
+            if not first.results or first.document["interrupted"]:
+                if first.document:
+                    self._ktap.bail_out(first.document["interrupted"] or "the first round has no results")
+                return first.code or EXIT_FAILED  # it has said why
+            self._look_behind(first)
+            self._watch.settle()
+            self._limit()
+            while self._rounds == 1 or time.monotonic() - begun < self._args.soak:
+                later = self._round()
+                if not (self._compare(first, later) | self._look_behind(later)):
+                    shutil.rmtree(self._folder / f"round-{later.number}", ignore_errors=True)
+        except Interrupted as interrupted:
+            for name, lines in self._deviations.items():
+                self._ktap.remark(f"{name}:", *lines)
+            self._ktap.remark(*self._left)
+            self._ktap.bail_out(str(interrupted))
+            raise
         return self._finish(first, time.monotonic() - begun)
 
     def _limit(self) -> None:
         """Give the later rounds half of the memory that the first one took."""
-        size = max(LEAST_BYTES, self._group.peak() // 2)
-        self._group.limit(size)
+        size = max(LEAST_BYTES, self._watch.peak() // 2)
+        self._watch.limit(size)
         self._ktap.remark(f"from now on with {size >> 20} MiB of memory, and what does not fit in swap")
 
     # ---- a round ----
@@ -167,14 +174,14 @@ class Soak:
         folder = self._folder / f"round-{self._rounds}"
         shutil.rmtree(folder, ignore_errors=True)
         number = seed(self._args.stress_seed or os.environ.get("UFFD_STRESS_SEED") or "")
-        before = self._group.statistics()
+        before = self._watch.statistics()
         start = time.monotonic()
         code = self._run_suite(folder, number)
         result = Round(self._rounds, number, code, _document(folder))
         if not result.results:
             return result
         self._results += len(result.results)
-        grown = {name: count - before[name] for name, count in self._group.statistics().items()}
+        grown = {name: count - before[name] for name, count in self._watch.statistics().items()}
         self._ktap.remark(
             f"{result}: {len(result.results)} results in {time.monotonic() - start:.0f} s, "
             f"{grown['pgfault']} faults, {grown['pgmajfault']} of them from swap or disk"
@@ -187,12 +194,16 @@ class Soak:
         """Run the suite in the cgroup and return its exit code."""
         isolated = ["-I"] if sys.flags.isolated else []
         workers = self._args.workers if self._args.workers != "0" else str(WORKERS)
+        if self._args.machine:
+            workers = "0"  # there is one launcher
         words = [sys.executable, *isolated, "-m", "uffd_selftests", "-n", workers, "-o", str(folder)]
         words += ["--data-only", *(f"--case-file={path}" for path in self._args.case_file)]
         words += ["--kmsg"] if self._args.kmsg else []
         words += [f"--stress-seed={number}", *suite_arguments(self._args, self._passed, PRESSURE_SCALE)]
-        call = self._group.command(*words)
-        with subprocess.Popen(call, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
+        call, inherited = self._call(*words)
+        with subprocess.Popen(
+            call, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, pass_fds=inherited
+        ) as process:
             assert process.stdout
             try:
                 for line in process.stdout:
@@ -225,29 +236,11 @@ class Soak:
             lines += [f"  {line}" for line in result["diagnostics"]]
         return different
 
-    def _look_behind(self, after: Round, before: Machine, health: KernelHealth) -> bool:
+    def _look_behind(self, after: Round) -> bool:
         """Note what a round has left behind; returns whether there is something."""
-        until = time.monotonic() + BACK_SECONDS
-        while lines := [*self._remains(), *Machine.now().changes(before)]:
-            if time.monotonic() > until:
-                break
-            time.sleep(0.1)
-        lines += health.complaints()
+        lines = self._watch.left()
         self._left += [f"{after}: {line}" for line in lines]
         return bool(lines)
-
-    def _remains(self) -> Iterator[str]:
-        """Say what is still in the cgroup, although nothing runs there."""
-        everyone = proc.processes()
-        for pid in self._group.processes():
-            yield f"process {everyone.get(pid, pid)}"
-        statistics = self._group.statistics()
-        for name, what in (("used", "memory and swap that belong to no process"), ("kernel", "memory of the kernel")):
-            if self._settled and (more := statistics[name] - self._settled[name]) > SLACK_BYTES[name]:
-                yield f"{more >> 10} kB more {what}"
-        for path in self._group.path.iterdir():
-            if path.is_dir():
-                yield f"cgroup {path}"
 
     # ---- the end ----
 
@@ -260,7 +253,7 @@ class Soak:
             results.append(Result(Planned(LEFT, LEFT, LEFT), "fail", diagnostics=self._left))
         for result in results:
             self._ktap.result(result)
-        faults = self._group.statistics()
+        faults = self._watch.statistics()
         self._ktap.remark(
             f"{self._rounds} rounds, {self._results} results, {faults['pgfault']} faults, "
             f"{faults['pgmajfault']} of them from swap or disk, in {seconds:.0f} seconds"

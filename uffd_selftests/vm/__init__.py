@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Boot kernels in virtual machines and run the suite inside, with virtme-ng: ``--kernel PATH``."""
+"""Boot kernels in virtual machines and have the suite's cases run inside: ``--kernel PATH``."""

@@ -40,12 +40,14 @@ BANNER = re.compile(rb"Linux version (\d[-+.~\w]*) ")
 class Kernel:
     """A kernel that can be booted."""
 
-    path: Path
-    """What virtme-ng is given: the image, or the build tree if that is where its modules are."""
+    image: Path
     name: str
     """Its name in reports and of its folder: the release, or the file's name where the image does not tell."""
     origin: Path
     """What the user named."""
+    modules: Path | None = None
+    """The folder lib/modules where its modules are, or its build tree."""
+    release: str = ""
 
 
 def cache() -> Path:
@@ -71,7 +73,8 @@ def find(origin: str, arch: str) -> Kernel:
         raise ValueError(f"{origin}: no such file") from None
     except OSError as error:
         raise ValueError(f"{origin}: {error.strerror}") from None
-    return Kernel(path, _name(path, start, arch), path)
+    name = _name(path, start, arch)
+    return Kernel(path, name, path, modules(path), name)
 
 
 def modules(image: Path) -> Path | None:
@@ -107,9 +110,9 @@ def _in_folder(folder: Path, arch: str) -> Kernel:
     tree = folder / IMAGES[arch]
     packed = sorted(folder.glob("boot/vmlinu[xz]-*"))
     if tree.exists():
-        path, image = folder, tree
+        image = tree
     elif len(packed) == 1:
-        path = image = packed[0]
+        image = packed[0]
     elif packed:
         raise ValueError(f"{folder} has several kernels: name one of {', '.join(each.name for each in packed)}")
     else:
@@ -118,7 +121,7 @@ def _in_folder(folder: Path, arch: str) -> Kernel:
         name = _name(image, file.read(HEADER), arch)
     with contextlib.suppress(OSError):
         name = (folder / "include/config/kernel.release").read_text().strip() or name
-    return Kernel(path, name, folder)
+    return Kernel(image, name, folder, folder if image == tree else modules(image), name)
 
 
 def _name(path: Path, start: bytes, arch: str) -> str:

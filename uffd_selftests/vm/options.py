@@ -28,6 +28,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--vm-cpus", metavar="N", type=_count, default=1, help="its processors (1)")
     for flag, what in (("--vm-append", "the kernel's command line"), ("--vm-qemu", "QEMU's: --vm-qemu='-cpu max'")):
         add(flag, metavar="ARGS", action="extend", type=_words, default=[], help=f"add to {what}")
+    add("--pristine", action="store_true", help="give each result a virtual machine as it was after the boot")
+    add("--vm-deaths", metavar="N", type=_count, default=20, help="give a kernel up that has died N times (20)")
+    add("--vm-forget", action="store_true", help="remove the saved machines, and say how much space that gives back")
     add("--vm-accel", choices=("auto", "kvm", "tcg"), default="auto", help="KVM, emulation, or what works (auto)")
 
 

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A run in other kernels: one KTAP document with a subtest for each kernel, one folder for each below ``-o DIR``.
 
-A kernel's folder has the files of a run of the suite (harness/reporter.py; junit.xml and report.html are made here),
-guest.sh, which began it, and console.txt: what the kernel and virtme-ng said. Of a kernel that died, results.json has
-what came out of it; like the KTAP it blames the case that was running and skips the rest.
+Each kernel has a run of the suite of its own, in a process that has its cases run in guests (harness/guest.py); here
+the machines for them are made, the runs started, and what they say put together. A kernel's folder has the files of a
+run of the suite (harness/reporter.py), and what each guest's kernel and QEMU said in console-GUEST.txt.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
+import fcntl
 import json
 import os
 import queue
@@ -19,10 +19,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import uffd_selftests
 from uffd_selftests.command.interrupts import Interrupted, Signals
@@ -30,34 +31,30 @@ from uffd_selftests.command.program import EXIT_FAILED, EXIT_NOTHING, EXIT_OK, E
 from uffd_selftests.formats import junit
 from uffd_selftests.harness import ktap
 from uffd_selftests.harness.again import PRESSURE_SCALE, suite_arguments
-from uffd_selftests.harness.settings import OPTIONS
+from uffd_selftests.harness.isolation import fork
+from uffd_selftests.harness.results import Planned, Result, told_of_deaths
 from uffd_selftests.report.command import write
 from uffd_selftests.report.model import FORMAT, load
-from uffd_selftests.vm import images, userland, vng
-from uffd_selftests.vm.guests import MARGIN_SECONDS, Accelerator, Ending, Guest
+from uffd_selftests.vm import images, qemu, userland
+from uffd_selftests.vm.machines import Maker, Unbootable, remove_drafts
 from uffd_selftests.vm.options import native
-from uffd_selftests.vm.verdict import judge, reported, unfinished
+from uffd_selftests.vm.qemu import AUTO, KVM, TCG, Shape
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator, Sequence
 
-    from uffd_selftests.harness.results import Result
     from uffd_selftests.vm.images import Kernel
 
 VERSION = "KTAP version 1"
 INDENT = "  "
 TCG_SCALE = 8.0
 """How much longer everything may take under emulation."""
-
-
-class Plan(NamedTuple):
-    """What a guest is to run."""
-
-    names: list[str]
-    """Of all results to come."""
-    files: list[Path]
-    """Those with their cases."""
+BY_EXIT_CODE = {EXIT_OK: "pass", EXIT_FAILED: "fail", EXIT_NOTHING: "skip"}
+NOTHING = "nothing could be tested"
+END_SECONDS = 30.0
+"""How long a run may take to end in order."""
+POLL_SECONDS = 0.05
 
 
 def main(args: argparse.Namespace, passed: Sequence[str]) -> int:
@@ -66,25 +63,14 @@ def main(args: argparse.Namespace, passed: Sequence[str]) -> int:
         signals = Signals()
         cleanup.callback(signals.close)
         try:
-            kernels = images.distinguish(images.find(path, args.arch) for path in args.kernel)
-            if args.arch not in (native(), *userland.TOOLCHAINS):
-                raise ValueError(f"--arch {args.arch}: only kernels for {native()} can be booted here")
-            if lacking := vng.missing(args.arch):
-                raise ValueError(lacking)
-            if args.vm_accel == vng.KVM:
-                _check_kvm(args.arch)
-            folder = args.output or Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix=f"{PROGRAM}-")))
-            session = Session(args, passed, folder.resolve())
-            with session.trying_kvm(kernels[0]):
-                plan = _plan(args, passed)
-            programs = userland.prepare(args.arch, say) if args.arch != native() else None
-            return exit_code(session.run(kernels, plan, programs))
+            kernels, shape = wanted(args)
+            common = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix=f"{PROGRAM}-")))
+            cleanup.enter_context(survived_by_none(common))
+            session = Session(args, passed, (args.output or common / "results").resolve(), common, shape)
+            return exit_code(session.run(kernels))
         except ValueError as error:
             say(str(error))
             return EXIT_USAGE
-        except subprocess.CalledProcessError as error:
-            sys.stderr.write(error.stderr)
-            return error.returncode
         except Interrupted:
             return 128 + signals.number
         except BrokenPipeError:
@@ -99,12 +85,77 @@ def _unwritable(error: OSError) -> str:
     return f"cannot write {error.filename or 'the results'}: {error.strerror}"
 
 
+@contextlib.contextmanager
+def survived_by_none(common: Path) -> Iterator[None]:
+    """Have a process remove what this one leaves on disks if it is killed."""
+    reader, writer = os.pipe()
+    parent = os.getpid()
+    pid = fork()
+    if not pid:
+        try:
+            os.setpgid(0, 0)
+            os.close(writer)
+            os.read(reader, 1)  # until the other end is closed, by whatever
+            shutil.rmtree(common, ignore_errors=True)
+            remove_drafts(parent)
+        finally:
+            os._exit(0)
+    os.close(reader)
+    try:
+        yield
+    finally:
+        os.close(writer)
+        os.waitpid(pid, 0)
+
+
+def wanted(args: argparse.Namespace) -> tuple[list[Kernel], Shape]:
+    """Return the kernels and the machines that the options name; raises ValueError with what cannot be had."""
+    kernels = images.distinguish(images.find(path, args.arch) for path in args.kernel)
+    if lacking := qemu.missing(args.arch):
+        raise ValueError(lacking)
+    if args.arch not in (native(), *userland.TOOLCHAINS):
+        raise ValueError(f"--arch {args.arch}: only kernels for {native()} can be booted here")
+    if args.vm_accel == KVM:
+        _check_kvm(args.arch)
+    shape = Shape(args.arch, args.vm_memory, args.vm_cpus, tuple(args.vm_append), tuple(args.vm_qemu))
+    _check_memory(shape, _workers(args))
+    return kernels, shape
+
+
+def accelerator(args: argparse.Namespace) -> str:
+    """Return what is to be used, or AUTO."""
+    wish = str(args.vm_accel)
+    return TCG if qemu.native_only(args.arch) and wish == AUTO else wish
+
+
+def scale_of(args: argparse.Namespace) -> Callable[[str], float]:
+    """Return what tells by how much deadlines are multiplied, with an accelerator."""
+    given = args.deadline_scale or os.environ.get("UFFD_DEADLINE_SCALE")
+    pressure = PRESSURE_SCALE if args.soak else 1.0
+    return lambda accelerator: float(given or pressure * (TCG_SCALE if accelerator == TCG else 1.0))
+
+
 def _check_kvm(arch: str) -> None:
     """Refuse to do without; raises ValueError."""
-    if arch != native():
+    if qemu.native_only(arch):
         raise ValueError(f"--vm-accel kvm: a kernel for {arch} can only be emulated here")
-    if not vng.kvm_present():
+    if not qemu.kvm_present():
         raise ValueError("--vm-accel kvm: cannot open /dev/kvm: load kvm_intel or kvm_amd, join the group kvm")
+
+
+def _check_memory(shape: Shape, guests: int) -> None:
+    """Refuse guests that want more memory than there is; raises ValueError."""
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    there = int(meminfo["MemAvailable"].split()[0]) * 1024
+    if guests * shape.bytes > there:
+        raise ValueError(
+            f"{guests} guests of {shape.memory} need more memory than the {there >> 20} MiB that are available: "
+            "a smaller -n or --vm-memory"
+        )
+
+
+def _workers(args: argparse.Namespace) -> int:
+    return max(1, len(os.sched_getaffinity(0)) if args.workers == "auto" else int(args.workers))
 
 
 def exit_code(outcomes: Sequence[str]) -> int:
@@ -114,29 +165,14 @@ def exit_code(outcomes: Sequence[str]) -> int:
     return EXIT_NOTHING if set(outcomes) <= {"skip"} else EXIT_OK
 
 
+def _python() -> list[str]:
+    """Return the call of this program."""
+    return [sys.executable, *(["-I"] if sys.flags.isolated else []), "-m", "uffd_selftests"]
+
+
 def say(message: str) -> None:
     """Say something on stderr."""
     sys.stderr.write(f"{PROGRAM}: {message}\n")
-
-
-def _is_ours(argument: str) -> bool:
-    """Whether an argument for pytest is but a place where the suite's cases are."""
-    path = Path(argument)
-    return not argument.startswith("-") and path.exists() and vng.PROJECT in path.resolve().parents
-
-
-def _plan(args: argparse.Namespace, passed: Sequence[str]) -> Plan:
-    """Ask the suite what it would run.
-
-    On the way pytest compiles the cases, which a guest could not keep.  Raises CalledProcessError when the options are
-    wrong.
-    """
-    isolated = ["-I"] if sys.flags.isolated else []
-    call = [sys.executable, *isolated, "-m", "uffd_selftests", "-l", "--with-ids", *suite_arguments(args, passed)]
-    listing = subprocess.run(call, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=True)
-    results = [line.partition("\t") for line in listing.stdout.splitlines()]
-    files = dict.fromkeys(vng.PROJECT / nodeid.partition("::")[0] for _, _, nodeid in results)
-    return Plan([name for name, _, _ in results], list(files))
 
 
 class Document:
@@ -168,63 +204,64 @@ class Document:
             self._file.close()
 
 
-class Job:
-    """A kernel, its machine, and what comes out of it."""
+class Run:
+    """The suite in one kernel."""
 
     def __init__(self, kernel: Kernel, folder: Path) -> None:
         self.kernel = kernel
-        self.guest = Guest(kernel, folder)
+        self.folder = folder
         self.lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         """The suite's KTAP; None is the end."""
-        self.ending: Future[Ending]
+        self.begun = threading.Event()
+        """It has a guest, or will never have one."""
+        self.messages: list[str] = []
+        """What it said for people."""
+        self.others: list[str] = []
+        """What others said there."""
+        self.code = EXIT_FAILED
+        self.unbootable: Unbootable | None = None
+        self.error: Exception | None = None
+        self.process: subprocess.Popen[str] | None = None
 
 
 class Session:
-    """Boots kernels, several at once if asked to, and reports them in their order."""
+    """Runs the suite in kernels, several at once if asked to, and reports them in their order."""
 
-    def __init__(self, args: argparse.Namespace, passed: Sequence[str], folder: Path) -> None:
+    def __init__(
+        self, args: argparse.Namespace, passed: Sequence[str], folder: Path, common: Path, shape: Shape
+    ) -> None:
         self._args = args
         self._passed = passed
         self._folder = folder
-        self._plan = Plan([], [])
-        self._accelerator = Accelerator(args.vm_accel if args.arch == native() else vng.TCG)
-        extra = (tuple(args.vm_append), tuple(args.vm_qemu))
-        self._shape = vng.Shape(args.arch, args.vm_memory, args.vm_cpus, *extra)
+        self._common = common
+        self._workers = _workers(args)
+        self._scale = scale_of(args)
+        self._maker = Maker(shape, accelerator(args), common, say, self._check)
+        self._checking: subprocess.Popen[str] | None = None
+        """Finds out whether the options are right, while the first kernel boots."""
+        self._complaint = ""
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
 
-    @contextlib.contextmanager
-    def trying_kvm(self, kernel: Kernel) -> Iterator[None]:
-        """Find out meanwhile whether KVM works."""
-        with tempfile.TemporaryDirectory(prefix=f"{PROGRAM}-") as scratch, ThreadPoolExecutor(1) as thread:
-            guest = Guest(kernel, Path(scratch))
-            command = functools.partial(vng.command, kernel, self._shape, vng.KVM, guest.folder, [])
-            trial = thread.submit(self._accelerator.try_early, guest, command)
-            try:
-                yield
-                trial.result()
-            finally:
-                guest.stop()
-
-    def run(self, kernels: Sequence[Kernel], plan: Plan, programs: userland.Userland | None = None) -> list[str]:
-        """Run all and return their outcomes; raises OSError when nothing can be written, Interrupted.
-
-        programs are the guest's, where it cannot run the host's.
-        """
-        self._plan = plan
-        self._shape = dataclasses.replace(self._shape, userland=programs)
+    def run(self, kernels: Sequence[Kernel]) -> list[str]:
+        """Run all and return their outcomes; raises OSError when nothing can be written, Interrupted."""
         self._folder.mkdir(parents=True, exist_ok=True)
+        runs = [Run(kernel, self._fresh(kernel)) for kernel in kernels]
+        for number in range(self._workers):
+            (self._common / f"place-{number}").touch()
         with contextlib.closing(Document(self._folder / "results.tap")) as document:
+            dispatcher = threading.Thread(target=self._dispatch, args=(runs,))
+            dispatcher.start()
             try:
-                with self._booting(kernels) as jobs:
-                    document.write(VERSION, f"1..{len(jobs)}")
-                    outcomes = [self._report(job, number, document) for number, job in enumerate(jobs, 1)]
-            except Interrupted as interrupted:
-                document.write(f"Bail out! {interrupted}")
+                document.write(VERSION, f"1..{len(runs)}")
+                outcomes = [self._report(run, number, document) for number, run in enumerate(runs, 1)]
+            except (Interrupted, ValueError) as reason:
+                with contextlib.suppress(OSError):
+                    document.write(f"Bail out! {ktap.escape(str(reason))}")
                 raise
-            except BrokenPipeError:
-                raise
-            except OSError as error:
-                document.write(f"Bail out! {_unwritable(error)}")
-                raise
+            finally:
+                self._stop(runs)
+                dispatcher.join()
             document.write(ktap.totals_line(Counter(outcomes)))
         if self._args.output:
             self._write_overviews(kernels)
@@ -233,26 +270,6 @@ class Session:
             outcomes.append("error")
         return outcomes
 
-    # ---- booting ----
-
-    @contextlib.contextmanager
-    def _booting(self, kernels: Sequence[Kernel]) -> Iterator[list[Job]]:
-        """Start the machines, so many at once; none is left at the end."""
-        jobs = [Job(kernel, self._fresh(kernel)) for kernel in kernels]
-        with ThreadPoolExecutor(self._at_once()) as threads:
-            try:
-                for job in jobs:
-                    job.ending = threads.submit(self._start, job)
-                yield jobs
-            finally:
-                threads.shutdown(wait=False, cancel_futures=True)
-                for job in jobs:
-                    job.guest.stop()
-
-    def _at_once(self) -> int:
-        workers = self._args.workers
-        return max(1, len(os.sched_getaffinity(0)) if workers == "auto" else int(workers))
-
     def _fresh(self, kernel: Kernel) -> Path:
         """Return an empty folder for a kernel."""
         folder = self._folder / kernel.name
@@ -260,68 +277,168 @@ class Session:
         folder.mkdir(parents=True)
         return folder
 
-    def _start(self, job: Job) -> Ending:
-        """Boot a kernel with what works here and run the suite in it."""
+    # ---- the runs ----
+
+    def _dispatch(self, runs: Sequence[Run]) -> None:
+        """Start a run as soon as there is a place for a guest that nobody before it wants."""
+        threads: list[threading.Thread] = []
+        for run in runs:
+            while not self._stopped.is_set() and not self._free(runs[: len(threads)]):
+                time.sleep(POLL_SECONDS)
+            threads.append(threading.Thread(target=self._attend, args=(run,)))
+            threads[-1].start()
+        for thread in threads:
+            thread.join()
+
+    def _free(self, begun: Sequence[Run]) -> bool:
+        """Whether there are more places than runs that wait for their first guest."""
+        free = 0
+        for place in self._common.glob("place-*"):
+            with place.open("a") as file, contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free += 1
+        return free > sum(not run.begun.is_set() for run in begun)
+
+    def _attend(self, run: Run) -> None:
+        """Make a kernel's machine and see its run through."""
         try:
-            boot = functools.partial(self._boot, job)
-            return self._accelerator.run(boot, say, job.kernel.name)
+            if self._stopped.is_set():
+                return
+            machine = self._maker.make(
+                run.kernel, run.folder, self._scale, places=self._workers, max_deaths=self._args.vm_deaths
+            )
+            machine.save(notes := self._common / f"{run.kernel.name}.json")
+            emulated = machine.command[machine.command.index("-accel") + 1] == TCG
+            self._see_through(run, notes, self._scale(TCG if emulated else KVM))
+        except Unbootable as error:
+            run.unbootable = error
+        except (ValueError, OSError) as error:
+            run.error = error
         finally:
-            job.lines.put(None)
+            run.begun.set()
+            run.lines.put(None)
 
-    def _boot(self, job: Job, accelerator: str, alive: Callable[[], None]) -> Ending:
-        say(f"{job.kernel.name}: booting, {'with KVM' if accelerator == vng.KVM else 'emulated'}")
-        scale = self._scale(accelerator)
-        arguments = ["--kmsg", "-o", vng.RESULTS, "--data-only"]
-        arguments += [f"--soak={self._args.soak}"] if self._args.soak else []
-        passed = self._passed
-        if all(_is_ours(argument) for argument in passed):  # the guest need not look elsewhere, nor talk to anybody
-            passed = []
-            arguments += [f"--case-file={path}" for path in self._plan.files]
-        arguments += suite_arguments(self._args, passed, scale)
-        command = vng.command(job.kernel, self._shape, accelerator, job.guest.folder, arguments)
-        return job.guest.run(command, accelerator, self._patience(scale), job.lines.put, alive)
+    def _check(self) -> None:
+        """Begin to ask the suite what it would run, once."""
+        if not self._checking:
+            call = [*_python(), "-l", *suite_arguments(self._args, self._passed)]
+            null = subprocess.DEVNULL
+            self._checking = subprocess.Popen(
+                call, stdin=null, stdout=null, stderr=subprocess.PIPE, text=True, errors="replace"
+            )
 
-    def _patience(self, scale: float) -> float:
-        """Return for how many seconds a guest may make no progress: longer than its suite lets a case take."""
-        values = {each.name: each.value(getattr(self._args, each.name)) for each in OPTIONS}
-        return float(scale * values["deadline"] + values["duration"] + MARGIN_SECONDS)
+    def _await_check(self) -> None:
+        """Wait for its answer; raises ValueError with what is wrong."""
+        with self._lock:
+            if self._checking and self._checking.returncode is None:
+                _, self._complaint = self._checking.communicate()
+            if self._checking and self._checking.returncode:
+                raise ValueError(self._complaint.strip().removeprefix(f"{PROGRAM}: "))
 
-    def _scale(self, accelerator: str) -> float:
-        """Return by how much deadlines are multiplied."""
-        given = self._args.deadline_scale or os.environ.get("UFFD_DEADLINE_SCALE")
-        scale = TCG_SCALE if accelerator == vng.TCG else 1.0
-        return float(given or scale * (PRESSURE_SCALE if self._args.soak else 1))
+    def _see_through(self, run: Run, notes: Path, scale: float) -> None:
+        self._await_check()
+        soak = [f"--soak={self._args.soak}"] if self._args.soak else []
+        workers = str(self._workers) if self._args.workers != "0" else "0"
+        call = [*_python(), f"--machine={notes}", "--kmsg", "--data-only"]
+        call += ["-n", workers, "-o", str(run.folder), *soak, *suite_arguments(self._args, self._passed, scale)]
+        with self._lock:
+            if self._stopped.is_set():
+                return
+            run.process = process = subprocess.Popen(
+                call, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                errors="replace", start_new_session=True,
+            )  # fmt: skip
+        assert process.stdout
+        assert process.stderr
+        listener = threading.Thread(target=self._listen, args=(run, process.stderr))
+        listener.start()
+        for line in process.stdout:
+            if line.startswith(("ok 1 ", "not ok 1 ")):
+                run.begun.set()
+            run.lines.put(line.rstrip("\n"))
+        listener.join()
+        run.code = process.wait()
+
+    def _listen(self, run: Run, stream: TextIO) -> None:
+        """Take its own words; where pytest has more to say, it is in the documents."""
+        for line in stream:
+            _, own, text = line.rstrip("\n").partition(f"{PROGRAM}: ")  # pytest may not have ended its line
+            if own:
+                run.messages.append(text)
+            else:
+                run.others.append(line.rstrip("\n"))
+
+    def _stop(self, runs: Sequence[Run]) -> None:
+        """End what is running."""
+        self._stopped.set()
+        self._maker.stop()
+        if self._checking:
+            self._checking.kill()
+        with self._lock:
+            pass  # who has it starts nothing any more when it lets go
+        processes = [run.process for run in runs if run.process and run.process.returncode is None]
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(END_SECONDS)
+            process.kill()
 
     # ---- reporting ----
 
-    def _report(self, job: Job, number: int, document: Document) -> str:
-        """Hand on what a guest says as it says it, judge it at its end, and return the outcome."""
-        name = job.kernel.name
-        heard = []
-        while (line := job.lines.get()) is not None:
-            heard.append(line)
+    def _report(self, run: Run, number: int, document: Document) -> str:
+        """Hand on what a run says as it says it, judge it at its end, and return the outcome."""
+        name = run.kernel.name
+        while (line := run.lines.get()) is not None:
             if line == ktap.VERSION:  # the name is for kunit.py, which else cannot tell where the subtest ends
                 document.write(INDENT + VERSION, f"{INDENT}# Subtest: {name}")
             elif line:
                 document.write(INDENT + line)
-        ending = job.ending.result()
-        whole = judge(name, ending)
-        results = reported(ending)
-        if ending.watch.planned and not ending.watch.totals:
-            rest = unfinished(self._plan.names, ending, whole)
-            results += rest
-            lines = list(_rest_of_document(rest, ending))
-            document.write(*(INDENT + line for line in lines))
-            _write(job.guest.folder / "results.tap", "".join(f"{line}\n" for line in [*heard, *lines]))
-        if not ending.watch.totals:
-            self._write_results(job, results, whole.reason)
-        if not ending.watch.running:  # else the case shows them
-            document.write(*ktap.diagnostic_lines(whole.diagnostics))
-        document.write(ktap.result_line(number, whole))
-        for message in (whole.reason or ending.watch.totals or whole.outcome, *ending.watch.messages, ending.trouble):
-            if message:
-                say(f"{name}: {message}")
+        if run.error:
+            raise run.error
+        if run.code == EXIT_USAGE:
+            lines = [line.removeprefix("ERROR: ") for line in run.others if line.strip()]
+            raise ValueError("\n".join(run.messages or lines[-1:]) or f"{name}: the run was refused")
+        whole = self._judge(run)
+        summary = self._summary(run, whole)
+        if run.code == EXIT_FAILED and summary["interrupted"] and not run.unbootable:
+            whole = dataclasses.replace(whole, outcome="error", reason=summary["interrupted"])
+        document.write(*ktap.diagnostic_lines(whole.diagnostics), ktap.result_line(number, whole))
+        totals = ktap.totals_line(summary["totals"]).removeprefix("# Totals: ")
+        deaths = summary.get("deaths", [])
+        told = [told_of_deaths(deaths)] if deaths else []
+        for message in (whole.reason or totals, *run.messages, *told):
+            say(f"{name}: {message}")
         return whole.outcome
+
+    def _judge(self, run: Run) -> Result:
+        """Return the result of a kernel as a whole; one that does not boot shows the end of its console."""
+        planned = Planned(run.kernel.name, run.kernel.name, run.kernel.name)
+        if run.unbootable:
+            reason, lines = run.unbootable.args
+            return Result(planned, "error", f"does not boot: {reason}", [f"console: {line}" for line in lines])
+        outcome = BY_EXIT_CODE.get(run.code, "error")
+        reason = {"skip": NOTHING, "error": f"the run ended early (exit code {run.code})"}.get(outcome, "")
+        return Result(planned, outcome, reason)
+
+    def _summary(self, run: Run, whole: Result) -> dict[str, Any]:
+        """Return a run's results.json, written here if the run has not come so far."""
+        path = run.folder / "results.json"
+        with contextlib.suppress(OSError, ValueError):
+            document: dict[str, Any] = json.loads(path.read_text())
+            return document
+        document = {
+            "format": FORMAT,
+            "planned": 0,
+            "results": [],
+            "totals": {},
+            "interrupted": whole.reason,
+            "exitstatus": EXIT_FAILED,
+            "options": {},
+            "versions": {"uffd-selftests": uffd_selftests.__version__, "kernel": run.kernel.name},
+        }
+        _write(path, json.dumps(document, indent=2) + "\n")
+        return document
 
     def _write_overviews(self, kernels: Sequence[Kernel]) -> None:
         """Write junit.xml and report.html, of each kernel and of all; if one cannot be made the run does not fail."""
@@ -334,20 +451,6 @@ class Session:
         except ValueError as error:
             say(f"no report.html: {error}")
 
-    def _write_results(self, job: Job, results: list[Result], why: str) -> None:
-        """Write what the suite in a guest could not write any more."""
-        summary = {
-            "format": FORMAT,
-            "planned": len(results) or len(self._plan.names),
-            "results": [result.to_dict() for result in results],
-            "totals": Counter(result.outcome for result in results),
-            "interrupted": why,
-            "exitstatus": EXIT_FAILED,
-            "options": {},
-            "versions": {"uffd-selftests": uffd_selftests.__version__, "kernel": job.kernel.name},
-        }
-        _write(job.guest.folder / "results.json", json.dumps(summary, indent=2) + "\n")
-
 
 def _write(path: Path, text: str) -> None:
     """Write a file about kernels that are judged already; if that cannot be done, it is only said."""
@@ -355,12 +458,3 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text, "utf-8")
     except OSError as error:
         say(f"cannot write {path}: {error.strerror}")
-
-
-def _rest_of_document(rest: Sequence[Result], ending: Ending) -> Iterator[str]:
-    """Return the lines that complete a guest's KTAP."""
-    done = reported(ending)
-    for number, result in enumerate(rest, len(done) + 1):
-        yield from ktap.diagnostic_lines(result.diagnostics)
-        yield ktap.result_line(number, result)
-    yield ktap.totals_line(Counter(result.outcome for result in [*done, *rest]))

@@ -6,12 +6,10 @@ Made once, without privileges and without running any of it, and kept in the cac
 
 from __future__ import annotations
 
-import compileall
 import contextlib
 import hashlib
 import inspect
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -24,19 +22,15 @@ from pathlib import Path
 
 from uffd_selftests.abi import native
 from uffd_selftests.vm import images
+from uffd_selftests.vm.bundle import Foreign
 
 SUITE = "bookworm"
 """The release of Debian that the programs come from."""
-PACKAGES = (
-    *("base-files", "base-passwd", "bash", "busybox-static", "coreutils", "dash", "grep", "iproute2", "kmod"),
-    *("mount", "procps", "sed", "udev", "util-linux"),
-    *("python3", "libpython3-dev"),  # its headers are for the native part
-)
-PYTHON = "/usr/bin/python3"
+PACKAGES = ("base-files", "coreutils", "dash", "python3", "libpython3-dev")
+"""Of Debian; the headers are for the native part."""
 
 NATIVE = Path(native.__file__).parent
-BUILT = Path(str(native._native.__file__))
-"""The native part of the host, over which the guest's is mounted."""
+MODULE = "native.so"
 
 
 @dataclass(frozen=True)
@@ -56,42 +50,24 @@ TOOLCHAINS = {"arm64": Toolchain("arm64", "aarch64", "aarch64-linux-gnu-gcc", "g
 """By the kernel's name of the architecture."""
 
 
-@dataclass(frozen=True)
-class Userland:
-    """What a guest runs instead of the host's programs."""
-
-    root: Path
-    """Its root folder, which it sees read-only."""
-    module: Path
-    """The native part."""
-
-    @property
-    def busybox(self) -> Path:
-        """What virtme-ng starts a guest with."""
-        return self.root / "bin/busybox"
-
-    def add_mount_point(self, folder: Path) -> None:
-        """Make a place where the guest mounts this folder of the host."""
-        (self.root / folder.relative_to("/")).mkdir(parents=True, exist_ok=True)
-
-
 def tools(arch: str) -> dict[str, str]:
     """Return the programs that make and boot it, and Debian's packages of them."""
     toolchain = TOOLCHAINS[arch]
-    return {"mmdebstrap": "mmdebstrap", toolchain.compiler: toolchain.package, "strings": "binutils"}
+    return {"mmdebstrap": "mmdebstrap", toolchain.compiler: toolchain.package}
 
 
-def prepare(arch: str, say: Callable[[str], None]) -> Userland:
+def prepare(arch: str, say: Callable[[str], None]) -> Foreign:
     """Return the programs for an architecture, made now if need be; raises ValueError when they cannot be made."""
-    if shlex.quote(str(images.cache())) != str(images.cache()):
-        raise ValueError(f"virtme-ng cannot take a root folder in {images.cache()}: name another in XDG_CACHE_HOME")
+    packages = [package for program, package in tools(arch).items() if not shutil.which(program)]
+    if packages:
+        raise ValueError(f"missing for --arch {arch}: apt-get install {' '.join(packages)}")
     toolchain = TOOLCHAINS[arch]
     wanted = _requirements()
     recipe = [inspect.getsource(_make_root), SUITE, *PACKAGES, *wanted]
     root = _once(f"root-{arch}", recipe, lambda draft: _make_root(draft, toolchain, wanted), say)
     sources = [path.read_text() for path in sorted(NATIVE.glob("*.[ch]")) if path.name != "_native.c"]
-    module = _once(f"native-{arch}", [str(root), *sources], lambda draft: _build(draft, toolchain, root), say)
-    return Userland(root, module / BUILT.name)
+    folder = _once(f"native-{arch}", [str(root), *sources], lambda draft: _build(draft, toolchain, root), say)
+    return Foreign(root, folder / MODULE)
 
 
 def _once(name: str, recipe: list[str], make: Callable[[Path], None], say: Callable[[str], None]) -> Path:
@@ -118,7 +94,7 @@ def _requirements() -> list[str]:
     try:
         lines = metadata.requires("uffd-selftests") or []
     except metadata.PackageNotFoundError:
-        raise ValueError("--arch: the suite is not installed: pip install 'uffd-selftests[vm]'") from None
+        raise ValueError("--arch: the suite is not installed: ./run_tests.sh does that") from None
     return sorted(line for line in lines if "extra ==" not in line)
 
 
@@ -132,24 +108,15 @@ def _make_root(root: Path, toolchain: Toolchain, requirements: list[str]) -> Non
         *(f"--include={','.join(PACKAGES)}", SUITE, str(tar)),
     )
     _run(scratch, "tar", "--extract", "--no-same-owner", "--exclude=./dev/*", f"--directory={root}", f"--file={tar}")
-    for link, target in (("bin/sh", "dash"), ("sbin/poweroff", "/bin/busybox")):
+    for link, target in (("bin/sh", "dash"),):
         (root / link).unlink(missing_ok=True)
         (root / link).symlink_to(target)
-    for name in ("passwd", "group"):
-        shutil.copy(root / f"usr/share/base-passwd/{name}.master", root / "etc" / name)
-    for name in ("fstab", "hosts", "shadow", "sudoers"):  # like the folders: places to mount over
-        (root / "etc" / name).touch()
-    for name in ("opt", "srv", "etc/lvm", "lib/modules"):
-        (root / name).mkdir(exist_ok=True)
     library = next(root.glob("usr/lib/python3.*"))
     packages = root / "usr/local/lib" / library.name / "dist-packages"
     version = library.name.removeprefix("python")
     pip = [sys.executable, "-I", "-m", "pip", "install", "--quiet", "--only-binary=:all:", "--no-compile"]
     platforms = [f"--platform={policy}_{toolchain.wheels}" for policy in ("manylinux_2_17", "manylinux2014")]
     _run(scratch, *pip, f"--target={packages}", f"--python-version={version}", *platforms, *requirements)
-    if version == "{}.{}".format(*sys.version_info):  # else the guest does without
-        compileall.compile_dir(library, stripdir=root, prependdir="/", quiet=2)
-        compileall.compile_dir(packages, stripdir=root, prependdir="/", quiet=2)
 
 
 def _build(folder: Path, toolchain: Toolchain, root: Path) -> None:
@@ -164,7 +131,7 @@ def _build(folder: Path, toolchain: Toolchain, root: Path) -> None:
     _run(
         folder.parent,
         *(toolchain.compiler, f"--sysroot={root}", "-shared", "-fPIC", "-pthread", "-std=gnu11", "-O2"),
-        *("-DPy_LIMITED_API=0x030A0000", f"-I{headers}", f"-I{NATIVE}", "-o", str(folder / BUILT.name)),
+        *("-DPy_LIMITED_API=0x030A0000", f"-I{headers}", f"-I{NATIVE}", "-o", str(folder / MODULE)),
         *map(str, [generated, *own]),
     )
 
