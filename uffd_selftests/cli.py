@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         try:
             _check_streams()
-            launcher = None
+            launcher: Launcher | Launchpad | None = None
             if args.machine and args.workers in ("0", "1") and not args.soak:
                 launcher = _guest(args, stack)
             elif _is_plain(args, passed):

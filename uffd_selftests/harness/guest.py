@@ -99,7 +99,7 @@ class Guest(Launcher):
     """A launcher in a virtual machine."""
 
     def __init__(self, machine: Machine, name: str) -> None:
-        """Start it, without waiting for it; raises EOFError when there is none to start, Spent when too many have died."""
+        """Start it, and do not wait; raises EOFError when there is none to start, Spent when too many have died."""
         self.name = name
         self._machine = machine
         self._cleanup = contextlib.ExitStack()

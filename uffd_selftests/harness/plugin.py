@@ -198,7 +198,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     wanted = [item for item in items if _wanted(item, settings)]
     if len(wanted) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if not _wanted(item, settings)])
-    if settings.machine:
+    if settings.machine and (_is_worker(config) or config.getoption("dist", "no") != "no"):
         items[:] = durations.longest_first(wanted, Machine.load(settings.machine).durations)
     else:
         items[:] = sorted(wanted, key=_lateness)
