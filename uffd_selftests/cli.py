@@ -67,7 +67,6 @@ def parser() -> Parser:
     add("--kmsg", action="store_true", help="note in the kernel log which case begins (boot with printk.devkmsg=on)")
     add_options(result)
     # For --kernel, which does here what it can spare the guest:
-    add("--with-ids", action="store_true", help=argparse.SUPPRESS)  # -l tells pytest's name of each result, too
     add("--case-file", action="append", default=[], help=argparse.SUPPRESS)  # collect these files only
     add("--machine", help=argparse.SUPPRESS)  # run in guests that are started from what this file says
     add("--data-only", action="store_true", help=argparse.SUPPRESS)  # no report that can be made of results.json

@@ -280,8 +280,9 @@ class Machine:
 
 def be_guest(machine: Machine, fd: int, parent: int) -> NoReturn:
     """Be the launcher of a guest that has a machine of its own, or so it seems."""
-    from uffd_selftests.harness import health, jobs, launcher  # noqa: PLC0415  # QEMU itself does without
+    from uffd_selftests.harness import health, launcher  # noqa: PLC0415  # QEMU itself does without
     from uffd_selftests.harness.channel import Channel  # noqa: PLC0415
+    from uffd_selftests.vm.jobs import GuestJobs  # noqa: PLC0415  # likewise
 
     taints = machine.control / f"tainted-{parent}"  # this host's own are none of the guest's business
     taints.write_text("0\n")
@@ -316,8 +317,12 @@ def be_guest(machine: Machine, fd: int, parent: int) -> NoReturn:
         def close(self) -> None:
             """Do nothing."""
 
-    class Cases(jobs.Cases):
+    class Cases(GuestJobs):
         """Those of a guest, which leave this host alone."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._own_machine = False  # not everything is to be loaded
 
         def preload(self) -> None:
             """Load what all cases need."""

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import select
 import shlex
 import shutil
@@ -42,6 +43,8 @@ STAMP = re.compile(r"^\[ *\d+\.\d+\] ")
 SHOWN = 25
 """How many of the console's last lines are shown."""
 TAIL_BYTES = 1 << 16
+CONSOLE_BYTES = 64 << 20
+"""How much a guest may say on its console; what comes then is lost."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,8 @@ class Guest(Launcher):
             try:
                 os.setpgid(0, 0)
                 end_with(parent)
+                if self._machine.saved:  # else it has a file to write that is larger
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (CONSOLE_BYTES, CONSOLE_BYTES))
                 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
                 for fd in (1, 2):
                     os.dup2(os.open(self.console, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), fd)
@@ -299,12 +304,7 @@ def wiring(port: socket.socket, monitor: socket.socket, console: Path) -> list[s
     return [
         *("-chardev", f"socket,id=port,fd={port.fileno()}"),
         *("-chardev", f"socket,id=qmp,fd={monitor.fileno()}", "-mon", "chardev=qmp,mode=control"),
-        *(
-            "-chardev",
-            f"file,id=console,append=on,path={path}",
-            "-serial",
-            "chardev:console",
-        ),
+        *("-chardev", f"file,id=console,append=on,path={path}", "-serial", "chardev:console"),
     ]
 
 

@@ -91,8 +91,6 @@ def _pytest_arguments(args: argparse.Namespace, passed: list[str], ktap_fd: int)
         yield "--kmsg"
     if args.list:
         yield "--collect-only"
-        if args.with_ids:
-            yield "--list-ids"
     elif args.workers not in ("0", "1"):
         yield from ("-p", "xdist.plugin", "-n", args.workers, "--dist", "worksteal")
     if args.machine:

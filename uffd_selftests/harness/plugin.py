@@ -249,10 +249,7 @@ def pytest_runtestloop(session: pytest.Session) -> None:
             config.stash[STEWARD].begin(plan)
     elif (fd := config.stash[SETTINGS].ktap_fd) is not None:
         with contextlib.suppress(BrokenPipeError), open(fd, "w", closefd=False) as listing:
-            ids = config.stash[SETTINGS].list_ids
-            listing.writelines(
-                f"{planned.name}\t{planned.nodeid}\n" if ids else f"{planned.name}\n" for planned in plan
-            )
+            listing.writelines(f"{planned.name}\n" for planned in plan)
 
 
 def _plan(session: pytest.Session) -> list[Planned]:

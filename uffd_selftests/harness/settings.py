@@ -149,8 +149,6 @@ class Settings:
     """Note in the kernel log which case begins."""
     may_hang_kernel: bool
     """Run what leaves a process that nothing can end where the kernel is broken."""
-    list_ids: bool
-    """List results with pytest's names of them."""
     folder: Path | None
     data_only: bool
     """Write no reports that can be made of results.json."""
@@ -190,7 +188,6 @@ class Settings:
             option.brief,
             option.kmsg,
             may_hang_kernel,
-            option.list_ids,
             Path(option.report_dir) if option.report_dir else None,
             option.report_data_only,
             Path(option.machine) if option.machine else None,
@@ -278,7 +275,6 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption("--kmsg", action="store_true", help="note in the kernel log which case begins")
     text = f"{MAY_HANG_KERNEL.help} [{MAY_HANG_KERNEL.variable}]"
     group.addoption(MAY_HANG_KERNEL.flag, action="store_const", const="1", help=text)
-    group.addoption("--list-ids", action="store_true", help="with --collect-only: list results with pytest's names")
     group.addoption("--report-data-only", action="store_true", help="write no junit.xml and no report.html")
     group.addoption("--machine", metavar="FILE", help="run cases in guests, as --kernel prepares them")
     group.addoption("--pristine", action="store_true", help="give each result a guest of its own")

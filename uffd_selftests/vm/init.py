@@ -91,29 +91,10 @@ def serve(port: int) -> None:
 
 def _launch(port: int) -> NoReturn:
     """Be the launcher."""
-    from uffd_selftests.harness import launcher  # noqa: PLC0415  # when the machine is ready for it
-    from uffd_selftests.harness.channel import Channel  # noqa: PLC0415
-    from uffd_selftests.harness.jobs import Cases  # noqa: PLC0415
+    from uffd_selftests.harness import channel, launcher  # noqa: PLC0415  # when the machine is ready for it
+    from uffd_selftests.vm.jobs import GuestJobs  # noqa: PLC0415  # likewise
 
-    class Jobs(Cases):
-        def ask_soak(self, method: str, *arguments: int) -> object:
-            """Do what a soak wants of the machine."""
-            from uffd_selftests.soak.watch import Here  # noqa: PLC0415  # few runs ask
-
-            if method == "begin":
-                self._watch = Here(join=True)
-            return getattr(self._watch, method)(*arguments)
-
-        def ask_probe(self, area_bytes: int) -> dict[str, object]:
-            """Say what the kernel can do."""
-            from uffd_selftests.machine.requirements import no_userfaultfd  # noqa: PLC0415  # few runs ask
-            from uffd_selftests.probe.command import probe  # noqa: PLC0415
-
-            report = probe(area_bytes)
-            usable = no_userfaultfd(report.findings.facts) is None
-            return {"report": report.to_dict(), "text": report.text(), "usable": usable}
-
-    launcher.serve(Channel(port, port), Jobs(own_machine=True), [], parent=1)
+    launcher.serve(channel.Channel(port, port), GuestJobs(), [], parent=1)
 
 
 # ---- what the machine is given ---------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def main(args: argparse.Namespace, area_bytes: int) -> int:
                 try:
                     found[kernel.name] = _look(maker, kernel, Path(common), args, area_bytes)
                 except (Unbootable, Lost, EOFError) as error:
-                    session.say(f"{kernel.name}: {error.args[0]}")
+                    session.say(f"{kernel.name}: does not boot: {error.args[0]}")
                     failed = True
             reports = {name: each["report"] for name, each in found.items()}
             told = next(iter(reports.values())) if len(kernels) == len(reports) == 1 else reports
