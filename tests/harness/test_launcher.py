@@ -105,6 +105,7 @@ class Jobs:
     """Jobs whose tasks are names."""
 
     ready = False
+    fragile = False
 
     def preload(self) -> None:
         """Do nothing."""

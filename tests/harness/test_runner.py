@@ -9,7 +9,8 @@ import pytest
 
 from tests.harness.helpers import FakePool
 from tests.helpers import FACTS, needs_userfaultfd
-from uffd_selftests.harness import jobs
+from uffd_selftests.harness import health, jobs
+from uffd_selftests.machine.hugepages import HugepageCounts
 
 if TYPE_CHECKING:
     from tests.harness.helpers import Run
@@ -25,6 +26,7 @@ def test_too_few_hugepages(run: Run, monkeypatch: pytest.MonkeyPatch, required: 
     reason = "needs 34 free huge pages of 2048 kB, 10 free: echo 34 > nr_hugepages"
     monkeypatch.setattr(jobs, "lack_of_hugepages", lambda _, needed: reason if needed == 34 else None)
     monkeypatch.setattr(jobs, "HugepagePool", FakePool)
+    monkeypatch.setattr(health, "hugepages", lambda _: HugepageCounts(10, 10, 0, 0))
     result = run(
         """
     @uffd_case("big", mem=(HUGETLB,), pages=16, spare_hugepages=2)

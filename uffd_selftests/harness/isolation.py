@@ -109,13 +109,15 @@ class Ending:
 
     def to_plain(self) -> dict[str, Any]:
         """Return plain data, from which of() makes the same again."""
-        return {**vars(self), "how": self.how.name}
+        return {name: value for name, value in vars(self).items() if value} | {"how": self.how.name}
 
     @classmethod
     def of(cls, plain: Any) -> Ending:
         """Return the ending that somebody tells who need not be trusted; raises ValueError when it is none."""
         try:
-            ending = cls(**{**plain, "how": How[plain["how"]], "reason": str(plain["reason"])})
+            empty: dict[str, Any] = {"reason": "", "records": [], "evidence": [], "leftovers": [], "seconds": 0.0}
+            ending = cls(**{**empty, **plain, "how": How[plain["how"]]})
+            ending.reason = str(ending.reason)
             ending.seconds = float(ending.seconds)
             ending.records = list(ending.records)
             for lines in (ending.evidence, ending.leftovers, ending.complaints):

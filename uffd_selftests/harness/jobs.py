@@ -69,6 +69,7 @@ class Cases:
     def __init__(self, describe: plain.Describe | None = None, *, own_machine: bool = False) -> None:
         """Own machine: it is there for the cases alone, and everything is loaded at once."""
         self.ready = False
+        self.fragile = own_machine
         self._describe = describe
         self._own_machine = own_machine
         self._kmsg = -1
@@ -178,7 +179,7 @@ class Cases:
 
     def _lack(self, pages: int) -> str | None:
         self._pages = HugepageUse(self._hugepage_size if pages else 0)
-        return lack_of_hugepages(self._hugepage_size, pages) if pages else None
+        return lack_of_hugepages(self._hugepage_size, pages) if self._pages.available < pages else None
 
     def begin(self, task: list[Any], *, early: bool) -> Ending | None:
         """Look for huge pages; a case may be early while the kernel is silent."""

@@ -47,6 +47,8 @@ class Jobs(Protocol):
 
     ready: bool
     """Whether tasks can be done now: what they need has been asked for."""
+    fragile: bool
+    """Whether a task can be the end of the machine, so that the one before has to be told of before it begins."""
 
     def preload(self) -> None:
         """Load what all tasks need, while nobody has said anything yet."""
@@ -299,9 +301,10 @@ class _Server:
         self._resting = child if ending.rests else None
         if then and ending.how is How.DONE and not ending.leftovers and not ending.complaints:
             ending.followed = not self._jobs.begin(then.task, early=True)
-        # First: when the next case kills the kernel, this one shall be known to have passed.
+        if then and ending.followed and not self._jobs.fragile:  # who is told may take this process's CPU
+            self._working = self._begin(then)
         self._channel.send(["ending", ending.to_plain()])
-        if then and ending.followed:
+        if then and ending.followed and self._jobs.fragile:
             self._working = self._begin(then)
 
     def _begin(self, order: Order) -> Child:

@@ -224,7 +224,7 @@ class Runner:
             self._part()
             if together:
                 failed[0].sections.append(("Before it, its process had run", "\n".join(together[-SHOWN:])))
-        for report in reports:
+        for report in reports if guest else ():
             setattr(report, GUEST, guest)
         if is_plain:
             self._look_after(ending)

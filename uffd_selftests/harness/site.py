@@ -112,10 +112,12 @@ class Site:
 
     def supply(self, path: Path, module: str) -> None:
         """Have a case file there that does not come with the package, with those beside it."""
+        if not self.remote or PACKAGE in path.parents:
+            return
         depth = module.count(".")
         folder = path.parents[depth]
         known = self._supplied.setdefault(str(folder), {})
-        if not self.remote or PACKAGE in path.parents or str(path.relative_to(folder)) in known:
+        if str(path.relative_to(folder)) in known:
             return
         packages = [parent / "__init__.py" for parent in list(path.parents)[:depth]]
         sources = [each for each in (*packages, *sorted(path.parent.glob("*.py"))) if each.exists()]
