@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import queue
 import shutil
@@ -55,6 +56,8 @@ NOTHING = "nothing could be tested"
 END_SECONDS = 30.0
 """How long a run may take to end in order."""
 POLL_SECONDS = 0.05
+SETTLE_SECONDS = 3.0
+"""How much later than the first worker of a run the others may want a place."""
 
 
 def main(args: argparse.Namespace, passed: Sequence[str]) -> int:
@@ -212,8 +215,8 @@ class Run:
         self.folder = folder
         self.lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         """The suite's KTAP; None is the end."""
-        self.begun = threading.Event()
-        """It has a guest, or will never have one."""
+        self.settled = math.inf
+        """From when on it has all the guests that it wants, by time.monotonic()."""
         self.messages: list[str] = []
         """What it said for people."""
         self.others: list[str] = []
@@ -291,13 +294,15 @@ class Session:
             thread.join()
 
     def _free(self, begun: Sequence[Run]) -> bool:
-        """Whether there are more places than runs that wait for their first guest."""
+        """Whether there is a place that none of these runs wants."""
+        if any(time.monotonic() < run.settled for run in begun):
+            return False
         free = 0
         for place in self._common.glob("place-*"):
             with place.open("a") as file, contextlib.suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 free += 1
-        return free > sum(not run.begun.is_set() for run in begun)
+        return free > 0
 
     def _attend(self, run: Run) -> None:
         """Make a kernel's machine and see its run through."""
@@ -315,7 +320,7 @@ class Session:
         except (ValueError, OSError) as error:
             run.error = error
         finally:
-            run.begun.set()
+            run.settled = 0.0
             run.lines.put(None)
 
     def _check(self) -> None:
@@ -354,7 +359,7 @@ class Session:
         listener.start()
         for line in process.stdout:
             if line.startswith(("ok 1 ", "not ok 1 ")):
-                run.begun.set()
+                run.settled = time.monotonic() + SETTLE_SECONDS
             run.lines.put(line.rstrip("\n"))
         listener.join()
         run.code = process.wait()
