@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import time
@@ -168,3 +169,10 @@ def test_unknown_module(machine: Guest) -> None:
     task: list[Any] = ["id", "name", "no.such.module", "f", [], None, None, 0, None, 0, 0, False, False]
     machine.cases.get_ready(task)
     assert "no.such.module" not in sys.modules
+
+
+def test_variants_are_told() -> None:
+    """Of cases that are loaded the declarations are found, with the variants that they have on this kernel."""
+    importlib.import_module("uffd_selftests.cases.unit.test_zeropage")
+    names = [case.name for case in jobs._cases()]
+    assert "zeropage" in names

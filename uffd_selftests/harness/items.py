@@ -25,7 +25,7 @@ from uffd_selftests.harness.settings import Settings
 from uffd_selftests.machine.requirements import REQUIREMENTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from pluggy import HookRelay
@@ -82,9 +82,13 @@ class CaseItem(pytest.Item):
         return excinfo.traceback.cut(path=self.function.__code__.co_filename)
 
 
-def results(case: Case) -> Iterator[tuple[str | None, MemType | None]]:
+VARIANTS = pytest.StashKey[dict[str, list[str]]]()
+"""Those of cases on the kernel under test, by their names, where that is another one than this."""
+
+
+def results(case: Case, variants: Sequence[str] | None = None) -> Iterator[tuple[str | None, MemType | None]]:
     """Yield the variant and the memory type of each result, in the order of the declaration."""
-    return itertools.product(case.variants or (None,), case.mem or (None,))
+    return itertools.product((case.variants if variants is None else variants) or (None,), case.mem or (None,))
 
 
 class CaseFile(pytest.Module):
@@ -152,7 +156,7 @@ def make(collector: CaseFile, name: str, function: Callable[..., None], settings
         return None
     check(case, name, {*arguments, *(["mem"] if "ctx" in arguments else [])})
     items = []
-    for variant, mem in results(case):
+    for variant, mem in results(case, collector.config.stash.get(VARIANTS, {}).get(case.name)):
         if not settings.wants(case, variant, mem):
             continue
         ids = "-".join([*([variant] if variant else []), *([mem.name] if mem else [])])

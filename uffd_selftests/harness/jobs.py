@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from uffd_selftests.case import ATTRIBUTE, Case
 from uffd_selftests.harness import plain, proc
 from uffd_selftests.harness.health import NOTE, HugepageUse, KernelHealth
 from uffd_selftests.harness.isolation import Ending, How
@@ -116,8 +117,12 @@ class Cases:
         return method(*arguments)
 
     def ask_survey(self) -> dict[str, object]:
-        """Look at the kernel; what it says counts from here on."""
-        return {"facts": probe().to_dict(), "unreadable": self._health.unreadable}
+        """Look at the kernel; what it says counts from here on.
+
+        Variants of cases can depend on it, as on the sizes of its huge pages: where all are loaded they are told.
+        """
+        variants = {case.name: case.variants for case in _cases() if case.variants} if self._own_machine else {}
+        return {"facts": probe().to_dict(), "unreadable": self._health.unreadable, "variants": variants}
 
     def ask_set_up(self, setting: Setting) -> dict[str, Any]:
         """Take over from pytest's process what cases can see of it, and make the machine ready."""
@@ -242,6 +247,14 @@ class Cases:
             ending.complaints = self._health.complaints()
         low = self._memory and _available_memory() < MEMORY_SHARE * self._memory
         ending.damaged = bool(immortal or lost or ending.complaints or low)
+
+
+def _cases() -> Iterator[Case]:
+    """Yield the declarations of all cases of the suite that are loaded."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("uffd_selftests.cases."):
+            found = (getattr(value, ATTRIBUTE, None) for value in vars(module).values())
+            yield from (case for case in found if isinstance(case, Case))
 
 
 _cpus_at_first = os.sched_getaffinity(0)

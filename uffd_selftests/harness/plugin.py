@@ -24,7 +24,7 @@ from uffd_selftests.command.interrupts import Signals
 from uffd_selftests.harness import durations, items, launchpad
 from uffd_selftests.harness.guest import Machine
 from uffd_selftests.harness.isolation import end_with
-from uffd_selftests.harness.items import SETTINGS, CaseFile, CaseItem
+from uffd_selftests.harness.items import SETTINGS, VARIANTS, CaseFile, CaseItem
 from uffd_selftests.harness.jobs import Cases
 from uffd_selftests.harness.launcher import Launcher
 from uffd_selftests.harness.launchpad import Launchpad
@@ -63,6 +63,8 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.export(progress=settings.brief and config.getoption("dist", "no") == "no" and not _is_worker(config))
     signals = config.stash[SIGNALS] = Signals()
     config.add_cleanup(signals.close)
+    if settings.machine:
+        config.stash[VARIANTS] = Machine.load(settings.machine).survey.get("variants", {})
     if config.option.collectonly:
         return
     workerinput = getattr(config, "workerinput", None)
