@@ -110,6 +110,8 @@ def prepare() -> None:
     for kind, place in MOUNTS:
         mount(kind, place)
     for kind, place in OPTIONAL_MOUNTS:
+        if __file__.startswith(f"{place}/"):  # the suite lies where it does on the host, and would be hidden
+            continue
         with contextlib.suppress(OSError):
             Path(place).mkdir(exist_ok=True)
             mount(kind, place)
