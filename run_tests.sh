@@ -80,11 +80,8 @@ setup() {
         logged "python -m venv" "$python" -I -m venv "$venv"
         made_with=$python
     fi
-    wanted=''
-    for extra in dev; do # what an earlier call wanted stays
-        [ -e "$stamp.$extra" ] || case " $extras " in *" $extra "*) ;; *) continue ;; esac
-        wanted=${wanted:+$wanted,}$extra
-    done
+    wanted=$extras
+    [ ! -e "$stamp.dev" ] || wanted=dev # what an earlier call wanted stays
     unfinished
     # The same as in pyproject.toml: a build without isolation can be repeated without network.
     logged pip "$venv/bin/python" -I -m pip install 'pip>=22.1' 'setuptools>=77' 'cffi>=1.16'

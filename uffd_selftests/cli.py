@@ -106,6 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         split = arguments.index("--")
         arguments, passed = arguments[:split], arguments[split + 1 :]
     args = parser().parse_args(arguments)
+    if args.machine:
+        from uffd_selftests.harness.isolation import end_with  # noqa: PLC0415  # most runs do without
+
+        end_with(os.getppid(), signal.SIGTERM)
     with contextlib.ExitStack() as stack:
         try:
             _check_streams()
@@ -152,9 +156,7 @@ def _launcher(args: argparse.Namespace, stack: contextlib.ExitStack) -> Launcher
 def _guest(args: argparse.Namespace, stack: contextlib.ExitStack) -> Launcher | None:
     """Start the first guest: it comes up while pytest is loaded."""
     from uffd_selftests.harness.guest import Machine  # noqa: PLC0415  # most runs do without
-    from uffd_selftests.harness.isolation import end_with  # noqa: PLC0415  # likewise
 
-    end_with(os.getppid(), signal.SIGTERM)
     with contextlib.suppress(EOFError):  # the first case will tell
         guest = Machine.load(Path(args.machine)).source()()
         stack.callback(guest.close)

@@ -107,7 +107,7 @@ def test_bad_from_the_start(qemu: FakeQemu) -> None:
     machine = make(qemu)
     (Path(machine.common) / "place-0").touch()
     with pytest.raises(EOFError, match="the saved machine cannot be started: qemu-system-x86_64: error while loading"):
-        machine.source()()
+        machine.source()().ask("survey")
     assert qemu.saved == []
 
 

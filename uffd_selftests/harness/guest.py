@@ -40,6 +40,8 @@ END_SECONDS = 5.0
 """How long a killed QEMU, or one whose kernel has died, may take to vanish."""
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
 STAMP = re.compile(r"^\[ *\d+\.\d+\] ")
+FAREWELL = re.compile(r"reboot: |ACPI: PM: ")
+"""What the kernel says when a machine is switched off because its launcher has ended: not why."""
 SHOWN = 25
 """How many of the console's last lines are shown."""
 TAIL_BYTES = 1 << 16
@@ -191,6 +193,7 @@ class Guest(Launcher):
             text = STAMP.sub("", line)
             if patterns.complains(text) or "Kernel panic" in text:
                 return text
+        words = [line for line in words if not FAREWELL.search(line)] or words
         said = "the virtual machine went away" if what == "died" else f"the guest {what}"
         return f"{said}: {words[-1]}" if words else said
 
