@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import pytest
 
+from uffd_selftests.abi import syscalls
 from uffd_selftests.vm import init
 
 
@@ -122,7 +123,7 @@ def test_modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.
 
         def syscall(self, number: int, fd: int, options: bytes, flags: int) -> int:
             """Remember what is to be loaded."""
-            assert (number, options, flags) == (init.FINIT_MODULE, b"", 0)
+            assert (number, options, flags) == (syscalls.number("finit_module"), b"", 0)
             name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
             loaded.append(name)
             ctypes.set_errno(answers[name])

@@ -24,6 +24,7 @@ _NUMBERS = {
     "fsmount": (432, 432),
     "fsopen": (430, 430),
     "fallocate": (285, 47),
+    "finit_module": (313, 273),
     "futex": (202, 98),
     "io_destroy": (207, 1),
     "io_getevents": (208, 4),

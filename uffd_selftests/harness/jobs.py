@@ -12,7 +12,6 @@ import gc
 import importlib
 import io
 import os
-import pkgutil
 import random
 import struct
 import sys
@@ -20,7 +19,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from uffd_selftests.case import ATTRIBUTE, Case
+from uffd_selftests.catalog.contract import functions
 from uffd_selftests.harness import plain, proc
 from uffd_selftests.harness.health import NOTE, HugepageUse, KernelHealth
 from uffd_selftests.harness.isolation import Ending, How
@@ -28,6 +27,7 @@ from uffd_selftests.harness.plain import Lacking, Passed, Task
 from uffd_selftests.machine.facts import KMSG, probe
 from uffd_selftests.machine.hugepages import HugepagePool, lack_of_hugepages
 from uffd_selftests.machine.repair import repair
+from uffd_selftests.machine.system import available_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,6 +80,8 @@ class Cases:
         self._pages = self._pages_at_first = HugepageUse(0)
         self._pool: HugepagePool | None = None
         self._cleanup = contextlib.ExitStack()
+        self._variants: dict[str, tuple[str, ...]] = {}
+        """Those of all cases, by their names."""
         self._before: proc.Descriptors | None = None
         """Of a child, before its first case; it does another one only when that has changed nothing."""
 
@@ -87,16 +89,13 @@ class Cases:
         """Load what all cases need."""
         importlib.import_module("uffd_selftests.common")
         if self._own_machine:
-            package = importlib.import_module("uffd_selftests.cases")
-            for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-                importlib.import_module(module.name)
+            self._variants = {case.name: case.variants for case, _ in functions() if case.variants}
         self._health = KernelHealth()
         gc.freeze()
         gc.enable()
 
     def close(self) -> dict[str, object]:
         """Put the machine back; say what no single case can be blamed for."""
-        self._pages = HugepageUse(0)
         found: dict[str, object] = {
             "complaints": self._health.complaints(),
             "lost": [] if self._own_machine else self._pages_at_first.lost(),
@@ -121,8 +120,7 @@ class Cases:
 
         Variants of cases can depend on it, as on the sizes of its huge pages: where all are loaded they are told.
         """
-        variants = {case.name: case.variants for case in _cases() if case.variants} if self._own_machine else {}
-        return {"facts": probe().to_dict(), "unreadable": self._health.unreadable, "variants": variants}
+        return {"facts": probe().to_dict(), "unreadable": self._health.unreadable, "variants": self._variants}
 
     def ask_set_up(self, setting: Setting) -> dict[str, Any]:
         """Take over from pytest's process what cases can see of it, and make the machine ready."""
@@ -146,7 +144,7 @@ class Cases:
         if "hugepages" in setting:
             self._care(setting["hugepages"])
         if self._own_machine:
-            self._memory = _available_memory()
+            self._memory = available_memory() or 0
         added = {"size": self._pool.size, "added": self._pool.added} if self._pool else None
         return {"shortage": self._pool.shortage if self._pool else None, "hugepages": added}
 
@@ -245,16 +243,8 @@ class Cases:
         ending.printed = [section for capture in self._captures for section in capture.take()]
         if self._sole:
             ending.complaints = self._health.complaints()
-        low = self._memory and _available_memory() < MEMORY_SHARE * self._memory
+        low = self._memory and (available_memory() or 0) < MEMORY_SHARE * self._memory
         ending.damaged = bool(immortal or lost or ending.complaints or low)
-
-
-def _cases() -> Iterator[Case]:
-    """Yield the declarations of all cases of the suite that are loaded."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("uffd_selftests.cases."):
-            found = (getattr(value, ATTRIBUTE, None) for value in vars(module).values())
-            yield from (case for case in found if isinstance(case, Case))
 
 
 _cpus_at_first = os.sched_getaffinity(0)
@@ -275,15 +265,6 @@ def _text(path: str) -> str:
         file.seek(max(0, os.fstat(file.fileno()).st_size - MAX_LOG_BYTES))
         return file.read().decode(errors="replace")
     return ""
-
-
-def _available_memory() -> int:
-    """Return the bytes that processes could still have (MemAvailable)."""
-    with open("/proc/meminfo", "rb", buffering=0) as file:
-        for line in file.read(4096).splitlines():
-            if line.startswith(b"MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 0
 
 
 class _Capture:

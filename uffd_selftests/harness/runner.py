@@ -62,7 +62,8 @@ class Runner:
         self._facts = facts
         self._site = site
         """Where plain cases run; without one, in what this process forks."""
-        self._own_site = site is None
+        self.has_own_site = site is None
+        """Whether plain cases run in what this process has forked."""
         self._turns = turns
         """If this file is there, the huge pages do not suffice for all workers: whoever takes some locks it."""
         self._sole = sole
@@ -269,11 +270,6 @@ class Runner:
             able = [each for each in items if not self._lacking(each.case, each.mem)]
             result["hugepages"] = max((self._hugepages(each.case, each.mem) for each in able), default=0)
         return result
-
-    @property
-    def has_own_site(self) -> bool:
-        """Whether plain cases ran in what this process has forked."""
-        return self._own_site
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:

@@ -60,8 +60,7 @@ class Site:
                 break
             try:
                 self._launcher = self._source()
-                if self._setting:
-                    self._done = self._launcher.ask("set_up", {**self._setting, **self._launcher.own_setting()})
+                self._tell()
                 for folder, files in self._supplied.items():
                     self._launcher.ask("supply", folder, files)
             except EOFError as error:
@@ -71,13 +70,18 @@ class Site:
             raise Lost(why)
         return self._launcher
 
+    def _tell(self) -> None:
+        """Tell the present launcher what holds for all tasks, if that is known; raises EOFError."""
+        if self._launcher and self._setting:
+            self._done = self._launcher.ask("set_up", {**self._setting, **self._launcher.own_setting()})
+
     def set_up(self, setting: Setting) -> dict[str, Any]:
         """Have this hold for all tasks, whatever launcher runs them; return what was done for it.  Raises Lost."""
         self._setting, self._done = setting, None
-        launcher = self.launcher
+        self.launcher  # noqa: B018  # one that is new is told at once
         if self._done is None:  # it was there before
             try:
-                self._done = launcher.ask("set_up", {**setting, **launcher.own_setting()})
+                self._tell()
             except EOFError:
                 self.close()
                 self.launcher  # noqa: B018  # another one, if it can be had

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from uffd_selftests.abi.errors import errno_name
 from uffd_selftests.machine.journal import Change, Journal, say, undoable
-from uffd_selftests.machine.system import number
+from uffd_selftests.machine.system import available_memory, number
 
 if TYPE_CHECKING:
     from uffd_selftests.machine.journal import Entry
@@ -149,10 +149,8 @@ def _claimed(journal: Journal, size: int) -> int:
 
 def _memory_to_spare() -> int:
     """Return half of the available memory in bytes: huge pages must not starve the rest of the machine."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024 // 2
-    return sys.maxsize
+    available = available_memory()
+    return sys.maxsize if available is None else available // 2
 
 
 @undoable

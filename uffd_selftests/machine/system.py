@@ -22,6 +22,15 @@ def numbers(path: Path) -> dict[str, int]:
     return {name: int(number) for name, number in (line.split() for line in path.read_text().splitlines())}
 
 
+def available_memory() -> int | None:
+    """Return the bytes that processes could still have (MemAvailable of proc_meminfo(5)); None when nobody says."""
+    with open("/proc/meminfo", "rb", buffering=0) as file:
+        for line in file.read(1 << 12).splitlines():
+            if line.startswith(b"MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
 def run(*command: str) -> None:
     """Run a program of the system's administrator; raises OSError, with what it complained about."""
     import subprocess  # noqa: PLC0415  # which takes long to load, and few runs need it

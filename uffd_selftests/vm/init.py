@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from uffd_selftests.abi.errors import KernelError
+from uffd_selftests.abi.syscalls import number
 from uffd_selftests.machine.hugepages import HUGEPAGES, hugepage_sizes
 from uffd_selftests.machine.swap import swap_files
 from uffd_selftests.machine.swapfile import make_swap, swap_on
@@ -47,8 +48,6 @@ POOL_BYTES = 32 << 20
 SWAP_BYTES = 512 << 20
 ZRAM_SIZE = Path("/sys/block/zram0/disksize")
 
-FINIT_MODULE = {"x86_64": 313}.get(os.uname().machine, 273)
-"""Number of finit_module(2), for which the C library has no function."""
 NO_MATTER = (errno.EEXIST, errno.ENODEV, errno.ENOENT)
 """A module is there already, or finds no device, or misses what it would need for one."""
 LOOP_CTL_GET_FREE = 0x4C82
@@ -138,7 +137,7 @@ def load_modules(folder: Path) -> None:
     """Load the kernel's modules in a folder, in the order of their names, and remove them; says what went wrong."""
     for path in sorted(folder.glob("*.ko")):
         with path.open("rb") as file:
-            if _libc.syscall(FINIT_MODULE, file.fileno(), b"", 0) and ctypes.get_errno() not in NO_MATTER:
+            if _libc.syscall(number("finit_module"), file.fileno(), b"", 0) and ctypes.get_errno() not in NO_MATTER:
                 say(f"{path.name}: {os.strerror(ctypes.get_errno())}")
         path.unlink()  # it is in the kernel now, and a file takes memory
 

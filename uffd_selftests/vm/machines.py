@@ -169,12 +169,11 @@ class Maker:
                 survey = guest.ask("survey")
             except (OSError, EOFError) as error:
                 raise Unbootable(str(error), guest.last_lines()) from None
-            machine = replace(machine, survey=survey, boot_log=str(guest.console), **shared)
             seconds = time.monotonic() - started
             why = _save(guest, draft, survey)
             if why:
                 self._say(f"{draft.kernel.name}: cannot be saved, each guest boots: {why}")
-                return replace(machine, boot_log=os.devnull)
+                return replace(machine, survey=survey, **shared)
             initrd.unlink()
             made = draft.load(shared)
             assert made

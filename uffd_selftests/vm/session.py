@@ -34,6 +34,7 @@ from uffd_selftests.harness import ktap
 from uffd_selftests.harness.again import PRESSURE_SCALE, suite_arguments
 from uffd_selftests.harness.isolation import fork
 from uffd_selftests.harness.results import Planned, Result, told_of_deaths
+from uffd_selftests.machine.system import available_memory
 from uffd_selftests.report.command import write
 from uffd_selftests.report.model import FORMAT, load
 from uffd_selftests.vm import images, qemu, userland
@@ -148,9 +149,8 @@ def _check_kvm(arch: str) -> None:
 
 def _check_memory(shape: Shape, guests: int) -> None:
     """Refuse guests that want more memory than there is; raises ValueError."""
-    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    there = int(meminfo["MemAvailable"].split()[0]) * 1024
-    if guests * shape.bytes > there:
+    there = available_memory()
+    if there is not None and guests * shape.bytes > there:
         raise ValueError(
             f"{guests} guests of {shape.memory} need more memory than the {there >> 20} MiB that are available: "
             "a smaller -n or --vm-memory"
