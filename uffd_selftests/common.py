@@ -39,6 +39,7 @@ from uffd_selftests.toolkit.processes import *
 from uffd_selftests.toolkit.races import *
 from uffd_selftests.toolkit.refusals import *
 from uffd_selftests.toolkit.registered import *
+from uffd_selftests.toolkit.rwp import *
 from uffd_selftests.toolkit.smaps import *
 from uffd_selftests.toolkit.starving import *
 from uffd_selftests.toolkit.swap import *

@@ -30,6 +30,8 @@ GROUPS = {
     "CT": "UFFDIO_CONTINUE and minor faults",
     "PO": "UFFDIO_POISON",
     "WP": "UFFDIO_WRITEPROTECT, synchronous",
+    "RW": "UFFDIO_RWPROTECT and read-write-protect faults",
+    "SM": "UFFDIO_SET_MODE",
     "AS": "Asynchronous write protection and PAGEMAP_SCAN",
     "MV": "UFFDIO_MOVE",
     "RD": "read(2) and the messages",

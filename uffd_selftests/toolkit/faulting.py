@@ -104,8 +104,8 @@ def faulting(
     """Have a thread fault at ``address``; the block runs while it sleeps, and leaving it waits for its end.
 
     By default the thread reads a byte there, which is its result, or with ``write`` stores a zero there, or where
-    ``flags`` tell of a protected page makes a write access that changes nothing; ``call`` replaces that. The message is
-    read, must carry ``flags`` and the address ``at`` (by default the start of the base page) and lands in
+    ``flags`` tell of a write-protected page makes a write access that changes nothing; ``call`` replaces that. The
+    message is read, must carry ``flags`` and the address ``at`` (by default the start of the base page) and lands in
     ``waiter.fault``; with ``read`` false it is left in the queue.
     """
     if call is None:

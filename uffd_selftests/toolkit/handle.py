@@ -248,6 +248,10 @@ class Uffd:
         arg = uapi.uffdio_rwprotect(uapi.uffdio_range(where.start, where.len), mode)
         self.ioctl(uapi.UFFDIO_RWPROTECT, arg, f"UFFDIO_RWPROTECT({where}, {mode})")
 
+    def resolve(self, where: Range) -> None:
+        """UFFDIO_RWPROTECT with mode 0: make the pages accessible and wake."""
+        self.rwprotect(where, RwprotectMode(0))
+
     def set_mode(self, enable: Feature = Feature(0), disable: Feature = Feature(0)) -> None:
         """UFFDIO_SET_MODE: switch RWP_ASYNC while the handle is in use."""
         arg = uapi.uffdio_set_mode(enable, disable)

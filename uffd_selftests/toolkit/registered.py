@@ -12,7 +12,7 @@ from uffd_selftests.abi.native import lib
 from uffd_selftests.abi.uapi import RegisterMode
 from uffd_selftests.mem_types import Area
 from uffd_selftests.toolkit.expectations import Skip, expect
-from uffd_selftests.toolkit.handle import MINOR, MISSING, WP
+from uffd_selftests.toolkit.handle import MINOR, MISSING, RWP, WP
 from uffd_selftests.toolkit.memory import (
     MAP_ANONYMOUS,
     MAP_NORESERVE,
@@ -30,7 +30,7 @@ __all__ = ["UNREGISTERED", "registered_for_wp", "expect_modes", "expect_mappings
 
 
 UNREGISTERED = RegisterMode(0)
-_VM_FLAGS = {"um": MISSING, "uw": WP, "ui": MINOR}
+_VM_FLAGS = {"um": MISSING, "uw": WP, "ui": MINOR, "ur": RWP}
 
 
 def _mappings(where: Range, pid: int | str = "self") -> list[tuple[Range, RegisterMode]]:
