@@ -34,6 +34,36 @@ def test_stock_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert check.stock() == package
 
 
+def test_newest_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 7.3 kernel comes with its siblings from a suite of its own, once; without a mirror it is left out."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    log = tmp_path / "log"
+    write_apt(tmp_path, f'echo "$*" >>{log}; echo "Debian bookworm-updates http://other/"')
+    with pytest.raises(check.LeftOut, match="no mirror"):
+        check.newest()
+    write_apt(
+        tmp_path,
+        f"""
+        echo "$*" >>{log}
+        case $* in
+            *indextargets*) echo "Debian bookworm http://mirror/" ;;
+            *download*) touch linux-binary-7.3.11+deb13-amd64_1.deb linux-modules-7.3.11+deb13-amd64_1.deb ;;
+        esac""",
+    )
+    names = "linux-binary-7.3.4+deb13-amd64\nlinux-binary-7.3.11+deb13-amd64\nlinux-binary-7.3.12+deb13-cloud-amd64"
+    (tmp_path / "apt-cache").write_text(f"#!/bin/sh\nprintf '{names}'\n")
+    package = check.newest()
+    assert package.name == "linux-binary-7.3.11+deb13-amd64_1.deb"
+    assert package.with_name("linux-modules-7.3.11+deb13-amd64_1.deb").exists()
+    last = log.read_text().splitlines()[-1]
+    wanted = "download linux-binary-7.3.11+deb13-amd64 linux-modules-7.3.11+deb13-amd64 linux-base-7.3.11+deb13-amd64"
+    assert last.endswith(wanted)
+    assert "-oDir::Etc::SourceParts=/dev/null" in last
+    write_apt(tmp_path, "exit 1")
+    assert check.newest() == package
+
+
 def test_given_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The variable names kernels by patterns; none is a reason to leave the step out."""
     for name in ("a1", "a2", "b"):
