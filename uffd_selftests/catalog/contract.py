@@ -43,6 +43,7 @@ GROUPS = {
     "PR": "Processes, descriptors passed on, other users in the kernel",
     "TH": "Transparent huge pages",
     "NM": "Memory that runs out",
+    "AC": "What is counted, and who pays",
     "HI": "History",
     "DM": "The manual page's program",
 }

@@ -11,8 +11,8 @@ import ctypes
 import os
 import struct
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,7 @@ __all__ = [
     "UNSEEN_SECONDS",
     "Request",
     "Refusal",
+    "own_memory_group",
     "starved",
     "expect_refused",
 ]
@@ -84,6 +85,17 @@ class Refusal:
     later: str
 
 
+@contextmanager
+def own_memory_group() -> Iterator[MemoryGroup]:
+    """Have a memory cgroup, empty yet, whose processes end with the block; Skip where there is none to be had."""
+    with ExitStack() as stack:
+        try:
+            group = stack.enter_context(MemoryGroup())
+        except OSError as error:
+            raise Skip(f"needs a memory cgroup of its own, as root: {error.strerror}") from None
+        yield group
+
+
 def starved(prepare: Callable[[], list[Request]], spared: Range) -> list[Refusal]:
     """Have a child prepare requests and make each of them without memory, and once more with it.
 
@@ -93,10 +105,7 @@ def starved(prepare: Callable[[], list[Request]], spared: Range) -> list[Refusal
     if "nokmem" in _read("/proc/cmdline"):
         raise Skip("the kernel's own memory is not charged: boot without cgroup.memory=nokmem")
     with ExitStack() as stack:
-        try:
-            group = stack.enter_context(MemoryGroup())
-        except OSError as error:
-            raise Skip(f"needs a memory cgroup of its own, as root: {error.strerror}") from None
+        group = stack.enter_context(own_memory_group())
         if group.kills and _read("/proc/sys/vm/panic_on_oom").strip() == "2":
             raise Skip("the kernel would panic when the cgroup runs out of memory: sysctl vm.panic_on_oom=1")
         fd = os.memfd_create("argument")
