@@ -30,6 +30,7 @@ from uffd_selftests.toolkit.hugetlb import *
 from uffd_selftests.toolkit.hwpoison import *
 from uffd_selftests.toolkit.ia32 import *
 from uffd_selftests.toolkit.iouring import *
+from uffd_selftests.toolkit.kinds import *
 from uffd_selftests.toolkit.memory import *
 from uffd_selftests.toolkit.messages import *
 from uffd_selftests.toolkit.pagemap import *
