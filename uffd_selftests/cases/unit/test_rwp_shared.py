@@ -9,8 +9,8 @@ from uffd_selftests.case import uffd_case
 from uffd_selftests.common import (
     ALL, ANON, ASYNC_RWP, MISSING, NEW, PM_PFN_MASK, READ_TRAPPED, RWP, SYNC_RWP, UNREGISTERED, WP, WRITE_TRAPPED,
     WRITEPROTECT, Action, Channel, Child, Context, Fault, Feature, Forked, Pagemap, eventually, expect, expect_modes,
-    expect_rwp_trapped, expect_trapped, mend, peek, pinned, poke, refuses, rwp_protected, rwp_trapped, small_pages,
-    swap_out, touch,
+    expect_rwp_trapped, expect_trapped, mend, peek, pinned, poke, promise, refuses, rwp_protected, rwp_trapped,
+    small_pages, swap_out, touch,
 )  # fmt: skip
 
 
@@ -53,6 +53,7 @@ def test_rwp_fork(ctx: Context) -> None:
         process.receive()
         if last:
             eventually(lambda: handler.stats.rwp > 1 or process.ended, "a message of the child's write")
+            expect(handler.stats.rwp, 2, "messages of the child's read and of its write")
             forked.resolve(area.page(last))
         process.receive()
         wanted = [Forked(forked.fd), Fault(area.start, READ_TRAPPED), Fault(area.page(last).start, WRITE_TRAPPED)]
@@ -147,13 +148,13 @@ def test_rwp_wp_exclusive(ctx: Context) -> None:
     """Memory is registered for write protection or for read-write protection, never for both, and keeps what it has."""
     area = ctx.dst
     for mode in (WP | RWP, MISSING | WP | RWP):
-        with refuses(EINVAL):
+        with promise("REG-46", f"{mode}"), refuses(EINVAL):
             ctx.uffd.register(area.range, mode)
         expect_modes(area.range, UNREGISTERED)
 
     rwp_protected(ctx)
     for mode, number in ((WP, EBUSY), (MISSING | WP, EBUSY), (MISSING, EBUSY), (WP | RWP, EINVAL)):
-        with refuses(number):
+        with promise("REG-48", f"{mode} on {RWP}"), refuses(number):
             ctx.uffd.register(area.range, mode)
     expect_modes(area.range, RWP)
     Pagemap.expect_protected(area, range(area.nr_pages), "after other modes were refused")
@@ -163,7 +164,7 @@ def test_rwp_wp_exclusive(ctx: Context) -> None:
     ctx.uffd.register(area.range, WP)
     ctx.uffd.writeprotect(area.range)
     for mode, number in ((RWP, EBUSY), (WP | RWP, EINVAL)):
-        with refuses(number):
+        with promise("REG-48", f"{mode} on {WP}"), refuses(number):
             ctx.uffd.register(area.range, mode)
     expect_modes(area.range, WP)
     Pagemap.expect_protected(area, range(area.nr_pages), "write-protected, after other modes were refused")
