@@ -24,7 +24,7 @@ from uffd_selftests.abi.uapi import (
     pm_scan_arg,
 )
 from uffd_selftests.mem_types import ALL, ANON, SHARED, Area, Backing, MemType
-from uffd_selftests.toolkit.handle import MINOR, MISSING, WP, Uffd
+from uffd_selftests.toolkit.handle import MINOR, MISSING, RWP, WP, Uffd
 from uffd_selftests.toolkit.handler import Action, FaultHandler
 from uffd_selftests.toolkit.memory import Advice, Range, advise, keep_small
 
@@ -42,9 +42,9 @@ class Sample:
     seconds: float
     latencies: Latencies
     scan_written: float = 0
-    """Seconds of PAGEMAP_SCAN over pages that were all written, each protected again."""
+    """Seconds of PAGEMAP_SCAN over pages that were all touched, and of protecting each again."""
     scan_clean: float = 0
-    """Seconds of the same call when no page was written."""
+    """Seconds of PAGEMAP_SCAN when no page was touched."""
 
     def __add__(self, other: Sample) -> Sample:
         return Sample(
@@ -247,10 +247,29 @@ class Moves(Workload):
         self.src.fill()
 
 
+class ReadWriteProtectFaults(WriteProtectFaults):
+    """A page is protected from every access; the handler lifts the protection: UFFDIO_RWPROTECT."""
+
+    name = "rwp"
+    mode = RWP
+    write = False
+
+    @classmethod
+    def features(cls, _mem: MemType) -> Feature:
+        """Return the feature, which is the same for any memory."""
+        return Feature.RWP
+
+    def reset(self) -> None:
+        """Protect them all with one call."""
+        self.uffd.rwprotect(self.target)
+
+
 class AsyncWriteProtectFaults(WriteProtectFaults):
     """A page is protected, and the kernel lifts the protection; PAGEMAP_SCAN finds it and protects it again."""
 
     name = "wp-async"
+    category: ClassVar[PageCategory] = PageCategory.WRITTEN
+    flags: ClassVar[PmScanFlag] = PmScanFlag.WP_MATCHING | PmScanFlag.CHECK_WPASYNC
 
     def __init__(self, mem: MemType, nr_pages: int, **_: object) -> None:
         super().__init__(mem, nr_pages, handlers=0)
@@ -272,23 +291,28 @@ class AsyncWriteProtectFaults(WriteProtectFaults):
         self._stack.callback(os.close, self._pagemap)
 
     def measure(self, threads: int) -> Sample:
-        """Touch the range, then scan it twice: once with all pages written, once with none."""
+        """Touch the range, then scan it twice: once with all pages touched and protected again, once with none."""
         sample = super().measure(threads)
-        written, clean = self._scan(self.nr_pages), self._scan(0)
+        written = self._scan(self.nr_pages) + self.protect_again()
+        clean = self._scan(0)
         return Sample(sample.faults, sample.seconds, sample.latencies, written, clean)
 
+    def protect_again(self) -> float:
+        """Protect what the scan has found and does not protect by itself; return the seconds that it took."""
+        return 0.0
+
     def _scan(self, pages: int) -> float:
-        """Have written pages found and protected again; return the seconds that it took."""
+        """Have the pages found that were touched; return the seconds that it took."""
         region = page_region()
         arg = pm_scan_arg(
             size=sizeof(pm_scan_arg),
-            flags=PmScanFlag.WP_MATCHING | PmScanFlag.CHECK_WPASYNC,
+            flags=self.flags,
             start=self.target.start,
             end=self.target.end,
             vec=addressof(region),
             vec_len=1,
-            category_mask=PageCategory.WRITTEN,
-            return_mask=PageCategory.WRITTEN,
+            category_mask=self.category,
+            return_mask=self.category,
         )
         start = time.perf_counter()
         count = lib.uffd_ioctl(self._pagemap, PAGEMAP_SCAN, addressof(arg))
@@ -296,11 +320,43 @@ class AsyncWriteProtectFaults(WriteProtectFaults):
         checked(count, "PAGEMAP_SCAN")
         found = (region.end - region.start) // self.mem.page_size if count else 0
         if found != pages:
-            raise BenchmarkError(f"{self}: expected PAGEMAP_SCAN to find {pages} written pages, it found {found}")
+            raise BenchmarkError(f"{self}: expected PAGEMAP_SCAN to find {pages} pages {self.category}, found {found}")
         return seconds
 
 
+class AsyncReadWriteProtectFaults(AsyncWriteProtectFaults):
+    """A page is protected from every access, and the kernel lifts the protection; PAGEMAP_SCAN finds it.
+
+    The scan cannot protect it again: that is one more call, for all pages.
+    """
+
+    name = "rwp-async"
+    mode = RWP
+    write = False
+    category = PageCategory.ACCESSED
+    flags = PmScanFlag(0)
+
+    @classmethod
+    def features(cls, _mem: MemType) -> Feature:
+        """Return the features, which are the same for any memory."""
+        return Feature.RWP | Feature.RWP_ASYNC
+
+    def reset(self) -> None:
+        """Protect them all with one call."""
+        self.uffd.rwprotect(self.target)
+
+    def protect_again(self) -> float:
+        """Protect what was found, all of it."""
+        start = time.perf_counter()
+        self.uffd.rwprotect(self.target)
+        return time.perf_counter() - start
+
+
 KINDS: dict[str, type[Workload]] = {
-    kind.name: kind for kind in (MissingFaults, MinorFaults, WriteProtectFaults, Moves, AsyncWriteProtectFaults)
+    kind.name: kind
+    for kind in (
+        *(MissingFaults, MinorFaults, WriteProtectFaults, ReadWriteProtectFaults, Moves),
+        *(AsyncWriteProtectFaults, AsyncReadWriteProtectFaults),
+    )
 }
 """The kinds by name, in the order of the table."""

@@ -18,7 +18,7 @@ from uffd_selftests.mem_types import ANON, SHMEM, SHMEM_PRIVATE, MemType
 from uffd_selftests.toolkit.access import peek, poke
 from uffd_selftests.toolkit.context import Context
 from uffd_selftests.toolkit.expectations import DEADLINE
-from uffd_selftests.toolkit.handle import WP
+from uffd_selftests.toolkit.handle import WP, Uffd
 from uffd_selftests.toolkit.memory import PROT_NONE, protect
 from uffd_selftests.toolkit.stress import (
     Mode,
@@ -28,6 +28,7 @@ from uffd_selftests.toolkit.stress import (
     StressError,
     Threads,
     differing,
+    misaccessed,
     misprotected,
     unbalanced,
 )
@@ -151,6 +152,54 @@ def test_protection_is_compared_with_pagemap() -> None:
             "still protected, though written since (PM_UFFD_WP in pagemap): pages 0-1"
         ]
         assert list(misprotected(ctx.dst, array("I", [0, 0, 1, 1]), array("I", [0, 0, 1, 1]))) == []
+
+
+CAUGHT_RWP = {
+    Sabotage.SKIP_PROTECT: r"accessed, though protected: without a fault answered before \(PM_UFFD_WP in pagemap\)",
+    Sabotage.DROP_WP_FAULT: r"sleeps in \w|read-write-protect faults answered: page \d+: expected \d+, got",
+}
+
+
+@needs_userfaultfd
+@pytest.mark.isolated
+@pytest.mark.parametrize("sabotage", CAUGHT_RWP, ids=lambda sabotage: sabotage.name.lower().replace("_", "-"))
+def test_broken_read_write_protection_is_caught(sabotage: Sabotage) -> None:
+    """A protection that is left away, and a message that nobody answers, though the kernel resolves others itself."""
+    with Uffd.open() as probe:
+        if not probe.offered & Feature.RWP_ASYNC:
+            pytest.skip("needs Linux 7.3")
+    with Context(ANON, nr_pages=64) as ctx:
+        stress = Stress(ctx, rwp=True, seed=7, patience=patience(Sabotage.DROP_WP_FAULT), sabotage=sabotage)
+        with pytest.raises(StressError, match=CAUGHT_RWP[sabotage]):
+            for _ in range(50):
+                stress.bounce(Mode.of(7))
+
+
+def test_accesses_are_compared_with_pagemap() -> None:
+    """What was accessed must not be protected any more, the rest must be, and who was let through leaves a trace."""
+    with Context(SHMEM, features=Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM, nr_pages=4) as ctx:
+        ctx.dst.fill()
+        ctx.uffd.register(ctx.dst.range, WP)
+        ctx.uffd.writeprotect(ctx.dst.page(0, 2))
+        sound = {
+            "touched_before": [1, 3, 2, 0],
+            "touches": [0, 2, 2, 0],
+            "written_late": [0, 0, 1, 0],
+            "unprotected_before": [0, 1, 1, 0],
+            "unprotected": [0, 1, 2, 0],
+        }
+
+        def complaints(name: str = "touches", page: int = 0, value: int = 0, *, sync: bool = True) -> list[str]:
+            changed = {**sound, name: [*sound[name][:page], value, *sound[name][page + 1 :]]}
+            return list(misaccessed(ctx.dst, {key: array("I", values) for key, values in changed.items()}, sync=sync))
+
+        assert complaints() == []
+        seen = "(PM_UFFD_WP in pagemap): pages"
+        assert complaints("touches", 2, 1) == [f"protection lost without an access {seen} 2"]
+        assert complaints("written_late", 1, 1) == [f"still protected, though accessed since {seen} 1"]
+        unseen = "accessed, though protected: without a fault answered before"
+        assert complaints("unprotected", 2, 1) == [f"{unseen} {seen} 2"]
+        assert complaints("unprotected", 2, 1, sync=False) == []
 
 
 def test_sums_are_compared() -> None:

@@ -22,11 +22,11 @@ from typing import Any
 from uffd_selftests.abi import uapi
 from uffd_selftests.abi.errors import errno_name
 from uffd_selftests.abi.native import ffi, lib
-from uffd_selftests.abi.uapi import PM_UFFD_WP, Feature, PagefaultFlag
+from uffd_selftests.abi.uapi import PM_PRESENT, PM_UFFD_WP, Feature, PagefaultFlag, RegisterMode
 from uffd_selftests.mem_types import SHMEM_PRIVATE, Area, Backing
 from uffd_selftests.toolkit.context import Context
 from uffd_selftests.toolkit.expectations import DEADLINE
-from uffd_selftests.toolkit.handle import DEFAULT_FLAGS, MISSING, WP, Uffd
+from uffd_selftests.toolkit.handle import DEFAULT_FLAGS, MISSING, RWP, WP, Uffd
 from uffd_selftests.toolkit.memory import Advice, Range
 from uffd_selftests.toolkit.pagemap import Pagemap, page_numbers
 
@@ -36,6 +36,7 @@ UNITS = max(2, min(len(os.sched_getaffinity(0)), 16))
 SPARE_HUGEPAGES = 2 * UNITS
 """Everybody who copies, handlers and copiers, may hold a new huge page before finding that there is one already."""
 
+RWP_FEATURES = Feature.RWP | Feature.RWP_ASYNC
 WP_FEATURES = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_UNPOPULATED
 
 
@@ -53,6 +54,19 @@ class Sabotage(IntEnum):
     UNPROTECTED = lib.STRESS_UNPROTECTED
     FILL_UNSEEN = lib.STRESS_FILL_UNSEEN
     SKIP_PROTECT = lib.STRESS_SKIP_PROTECT
+
+
+class Protection(IntEnum):
+    """How pages are protected against all accesses in a bounce, if at all: see enum stress_rwp."""
+
+    NONE = lib.STRESS_NO_RWP
+    SYNC = lib.STRESS_RWP_SYNC
+    ASYNC = lib.STRESS_RWP_ASYNC
+    SWITCHING = lib.STRESS_RWP_SWITCHING
+
+
+IN_TURN = (Protection.SYNC, Protection.ASYNC, Protection.SWITCHING)
+"""What the bounces of a run with read-write protection do, one after the other."""
 
 
 # ---- options -------------------------------------------------------------------------------------------------------
@@ -123,6 +137,7 @@ COUNTERS = ("accesses", "missing", "wp", "filled", "eexist", "unprotected", "rep
 BY_PAGE = (
     *("missing", "answered", "filled", "written_late"),
     *("wp_faults", "unprotecting", "unprotected", "settled"),
+    *("touches", "touched_before", "unprotected_before"),
 )
 """The arrays of struct stress_config that hold a number a page."""
 
@@ -151,8 +166,9 @@ class StressError(AssertionError):
 class Stress:
     """Bounces the pages of a context, there and back.
 
-    ``blocking`` handlers sleep in read(2), others in poll(2).  ``patience`` is how many seconds may pass without any
-    progress; after that the bounce is given up and says who sleeps where.
+    ``blocking`` handlers sleep in read(2), others in poll(2).  With ``rwp`` pages are protected against all accesses,
+    in each way of IN_TURN; else against writes, if the kernel has that for this memory (as upstream).  ``patience`` is
+    how many seconds may pass without any progress; after that the bounce is given up and says who sleeps where.
     """
 
     def __init__(
@@ -160,6 +176,7 @@ class Stress:
         ctx: Context,
         *,
         blocking: bool = False,
+        rwp: bool = False,
         seed: int = 1,
         patience: float = DEADLINE,
         sabotage: Sabotage = Sabotage.SOUND,
@@ -181,9 +198,11 @@ class Stress:
         self._by_page = {name: ffi.new("uint32_t[]", self.nr_pages) for name in BY_PAGE}
         self.units = min(UNITS, self.nr_pages)
         self._threads = ffi.new("struct stress_thread[]", lib.STRESS_ROLES * self.units)
-        self._uffd = ctx.uffd = self._open(ctx, blocking)
+        self.rwp = rwp
+        self._uffd = ctx.uffd = self._open(ctx, blocking, rwp)
         self.wp = self._uffd.features & Feature.PAGEFAULT_FLAG_WP != Feature(0)
-        """Whether pages are protected."""
+        """Whether pages are write-protected."""
+        self._mode = MISSING | (RWP if rwp else WP if self.wp else RegisterMode(0))
         self._config = ffi.new(
             "struct stress_config *",
             {
@@ -208,12 +227,15 @@ class Stress:
         lib.stress_fill(self._config, ctx.src.start)
 
     @staticmethod
-    def _open(ctx: Context, blocking: bool) -> Uffd:
-        """Open a handle, with write protection if the kernel has it for this memory (as upstream)."""
-        with Uffd.open() as probe:
-            wanted = probe.offered & WP_FEATURES
-        if not wanted & (Feature.PAGEFAULT_FLAG_WP if ctx.mem.backing is Backing.ANON else Feature.WP_HUGETLBFS_SHMEM):
-            wanted = Feature(0)
+    def _open(ctx: Context, blocking: bool, rwp: bool) -> Uffd:
+        """Open a handle with what protects pages."""
+        wanted = RWP_FEATURES
+        if not rwp:
+            with Uffd.open() as probe:
+                wanted = probe.offered & WP_FEATURES
+            anon = ctx.mem.backing is Backing.ANON
+            if not wanted & (Feature.PAGEFAULT_FLAG_WP if anon else Feature.WP_HUGETLBFS_SHMEM):
+                wanted = Feature(0)
         return Uffd.open(wanted, DEFAULT_FLAGS & ~os.O_NONBLOCK if blocking else DEFAULT_FLAGS)
 
     def bounce(self, mode: Mode) -> None:
@@ -221,21 +243,29 @@ class Stress:
         src, dst = self._areas
         registered = [dst.range, dst.alias] if dst.mem.shared else [dst.range]
         for where in registered:
-            self._uffd.register(where, MISSING | WP if self.wp else MISSING)
+            self._uffd.register(where, self._mode)
         empty(dst)
+        protection = IN_TURN[self.bounces % len(IN_TURN)] if self.rwp else Protection.NONE
+        if self.rwp:
+            self._set_async(protection is Protection.ASYNC)
+        self._config.rwp = int(protection)
+        written_out = pages_written_out()
         failure = self._run(src, dst, registered, mode)
         problem = self._describe(failure) if failure else ""
         if not problem:
-            problem = "; ".join(self._judge(dst))
+            problem = "; ".join(self._judge(dst, reclaimed=pages_written_out() != written_out))
         if self.wp and not failure:
             self._uffd.unprotect(dst.range)
+        if self.rwp and not problem:
+            problem = self._verify_tracking(dst) if mode.verify else ""
+            self._uffd.resolve(dst.range)
         for where in registered:
             self._uffd.unregister(where)
         if not problem and mode.verify:
             problem = self._verify(dst)
         if problem:
             raise StressError("\n".join([
-                f"bounce {self.bounces} ({mode}): {problem}",
+                f"bounce {self.bounces} ({mode}{f', {protection.name.lower()}' if self.rwp else ''}): {problem}",
                 *map(str, self.threads),
                 f"again: --stress-seed {self.seed}",
             ]))  # fmt: skip
@@ -268,16 +298,19 @@ class Stress:
 
     # -- what must hold after a bounce
 
-    def _judge(self, dst: Area) -> Iterator[str]:
-        """Yield what does not add up."""
+    def _judge(self, dst: Area, *, reclaimed: bool) -> Iterator[str]:
+        """Yield what does not add up; ``reclaimed`` says that pages were written to swap meanwhile."""
         pages = {name: array("I", bytes(ffi.buffer(values))) for name, values in self._by_page.items()}
         yield from differing("times filled", array("I", [1]) * self.nr_pages, pages["filled"])
         yield from differing("missing faults answered", pages["missing"], pages["answered"])
-        yield from differing("write-protect faults answered", pages["wp_faults"], pages["unprotected"])
+        yield from differing(f"{self._fault} faults answered", pages["wp_faults"], pages["unprotected"])
         counts = (array("Q", bytes(ffi.buffer(values))) for values in (self._ledger, self._live))
         yield from differing("accesses counted by the threads, and beside the page", *counts)
         if self.wp:
             yield from misprotected(dst, pages["unprotected"], pages["written_late"])
+        if self.rwp:
+            sync = self._config.rwp == Protection.SYNC and not reclaimed
+            yield from misaccessed(dst, pages, sync=sync)
         yield from unbalanced(self.nr_pages, *self.threads)
         handlers = self._threads_of("handler")
         if not handlers.total("missing") or (self.wp and not handlers.total("wp")):
@@ -285,6 +318,27 @@ class Stress:
         info = self._uffd.fdinfo
         if (info.pending, info.total) != (0, 0):
             yield f"faults that nobody waits for any more (fdinfo): pending {info.pending}, total {info.total}"
+
+    def _set_async(self, wanted: bool) -> None:
+        """Have accesses to protected pages go on by themselves, or be reported."""
+        if wanted:
+            self._uffd.set_mode(enable=Feature.RWP_ASYNC)
+        else:
+            self._uffd.set_mode(disable=Feature.RWP_ASYNC)
+
+    def _verify_tracking(self, dst: Area) -> str:
+        """Protect all pages, read every byte, asynchronously, and return what is wrong with bytes or protection."""
+        self._set_async(True)
+        self._uffd.rwprotect(dst.range)
+        present, marks = (Pagemap.have(dst.range, bit, dst.page_size) for bit in (PM_PRESENT, PM_UFFD_WP))
+        if bare := [page for page, mark in enumerate(marks) if not mark and present[page]]:
+            return f"not protected after UFFDIO_RWPROTECT (PM_UFFD_WP in pagemap): pages {page_numbers(bare)}"
+        if problem := self._verify(dst):
+            return problem
+        marks = Pagemap.have(dst.range, PM_UFFD_WP, dst.page_size)
+        if kept := [page for page, mark in enumerate(marks) if mark]:
+            return f"still protected, though read since (PM_UFFD_WP in pagemap): pages {page_numbers(kept)}"
+        return ""
 
     def _verify(self, dst: Area) -> str:
         """Compare every byte with what it must be; return what is wrong."""
@@ -295,6 +349,11 @@ class Stress:
         return f"{self._describe_word(failure)}; wrong pages: {page_numbers(pages)}"
 
     # -- what to say
+
+    @property
+    def _fault(self) -> str:
+        """What faults of a protection are called."""
+        return "read-write-protect" if self.rwp else "write-protect"
 
     def _describe(self, failure: Any) -> str:
         """Say what a thread met."""
@@ -346,7 +405,7 @@ class Stress:
         by_page = {name: values[failure.page] for name, values in self._by_page.items()}
         known = (
             f"filled {by_page['filled']} times, missing faults {by_page['missing']}, answered {by_page['answered']}, "
-            f"write-protect faults {by_page['wp_faults']}, answered {by_page['unprotected']}"
+            f"{self._fault} faults {by_page['wp_faults']}, answered {by_page['unprotected']}"
         )
         if self._hugetlb and by_page["answered"] and not by_page["filled"]:
             known += "; EEXIST of a page that nobody filled: the huge pages have run out (D-CP-28)"
@@ -359,7 +418,8 @@ class Stress:
             case lib.STRESS_COPYING:
                 doing = f"does not come back from UFFDIO_COPY of page {failure.page}"
             case lib.STRESS_PROTECTING:
-                doing = f"does not come back from UFFDIO_WRITEPROTECT from page {failure.page} on"
+                request = "UFFDIO_RWPROTECT" if self.rwp else "UFFDIO_WRITEPROTECT"
+                doing = f"does not come back from {request} from page {failure.page} on"
             case _:
                 return f"nothing has moved for {seconds:g} seconds"
         return f"{doing}, and nothing has moved for {seconds:g} seconds: {known}"
@@ -404,6 +464,39 @@ def misprotected(area: Area, unprotected: array[int], written_late: array[int]) 
         yield f"still protected, though written since (PM_UFFD_WP in pagemap): pages {page_numbers(kept)}"
 
 
+def misaccessed(area: Area, pages: dict[str, array[int]], *, sync: bool) -> Iterator[str]:
+    """Yield a message if pages are not protected against accesses as they must be.
+
+    Those that were there at the last protection are protected unless somebody has accessed them since, and then they
+    are not; ``sync``: somebody must have un-protected them before. What is not in the page table shows nothing.
+    """
+    if not os.path.exists("/proc/self/pagemap"):
+        return
+    present, marks = (Pagemap.have(area.range, bit, area.page_size) for bit in (PM_PRESENT, PM_UFFD_WP))
+    lost, kept, unseen = [], [], []
+    for page, before in enumerate(pages["touched_before"]):
+        late = pages["written_late"][page]
+        if late and marks[page]:
+            kept.append(page)
+        elif before and present[page] and not marks[page] and pages["touches"][page] == before - 1:
+            lost.append(page)
+        elif before and late and sync and pages["unprotected"][page] == pages["unprotected_before"][page]:
+            unseen.append(page)
+    for what, wrong in (
+        ("protection lost without an access", lost),
+        ("still protected, though accessed since", kept),
+        ("accessed, though protected: without a fault answered before", unseen),
+    ):
+        if wrong:
+            yield f"{what} (PM_UFFD_WP in pagemap): pages {page_numbers(wrong)}"
+
+
+def pages_written_out() -> int:
+    """Return how many pages the kernel has written to swap since it was booted (pswpout of /proc/vmstat)."""
+    with open("/proc/vmstat") as lines:
+        return next((int(line.split()[1]) for line in lines if line.startswith("pswpout ")), 0)
+
+
 def unbalanced(nr_pages: int, _workers: Threads, handlers: Threads, copiers: Threads) -> Iterator[str]:
     """Yield a message for each sum that does not agree with what others have counted."""
     missing = handlers.total("filled") + handlers.total("eexist")
@@ -413,7 +506,7 @@ def unbalanced(nr_pages: int, _workers: Threads, handlers: Threads, copiers: Thr
         ("pages that copiers filled or found filled", nr_pages, copies),
         ("pages that copiers found filled (EEXIST)", handlers.total("filled"), copiers.total("eexist")),
         ("missing faults, filled or found filled (EEXIST)", handlers.total("missing"), missing),
-        ("write-protect faults, un-protected", handlers.total("wp"), handlers.total("unprotected")),
+        ("faults of a protection, un-protected", handlers.total("wp"), handlers.total("unprotected")),
     ):
         if expected != got:
             yield f"{what}: expected {expected}, got {got}"
@@ -452,9 +545,9 @@ class Watch:
         sys.stderr.flush()
 
 
-def run(ctx: Context, name: str, options: Options, *, blocking: bool) -> Stress:
+def run(ctx: Context, name: str, options: Options, *, blocking: bool, rwp: bool = False) -> Stress:
     """Bounce as often or as long as the options say; the last bounce is verified."""
-    stress = Stress(ctx, blocking=blocking, seed=options.seed)
+    stress = Stress(ctx, blocking=blocking, rwp=rwp, seed=options.seed)
     watch = Watch(name, options)
     for mode in options.modes():
         stress.bounce(mode)

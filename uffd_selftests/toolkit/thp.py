@@ -9,10 +9,18 @@ from uffd_selftests.abi.errors import KernelError
 from uffd_selftests.mem_types import Area, pmd_size
 from uffd_selftests.toolkit.context import Context
 from uffd_selftests.toolkit.expectations import Skip, eventually
-from uffd_selftests.toolkit.memory import PAGE_SIZE, Advice, Range, advise
+from uffd_selftests.toolkit.memory import PAGE_SIZE, Advice, Range, advise, keep_small
 from uffd_selftests.toolkit.smaps import pmd_mapped
 
-__all__ = ["prevent_hugepages", "request_hugepages", "small_area", "collapse", "require_collapse", "huge_area"]
+__all__ = [
+    "prevent_hugepages",
+    "request_hugepages",
+    "small_pages",
+    "small_area",
+    "collapse",
+    "require_collapse",
+    "huge_area",
+]
 
 
 def prevent_hugepages(ctx: Context) -> None:
@@ -34,6 +42,12 @@ def request_hugepages(ctx: Context) -> None:
         if error.errno != errno.EINVAL:
             raise
         raise Skip("the kernel lacks CONFIG_TRANSPARENT_HUGEPAGE") from None
+
+
+def small_pages(ctx: Context) -> None:
+    """Keep transparent huge pages out of the destination area: what is done to one page would be done to others."""
+    if not ctx.mem.hugetlb:
+        keep_small(ctx.dst.range)
 
 
 def small_area(ctx: Context) -> Area:

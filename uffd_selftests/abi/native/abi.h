@@ -30,7 +30,10 @@ struct copy { uint64_t dst, src, len, mode; int64_t copy; };		/* also uffdio_mov
 struct fill { struct range range; uint64_t mode; int64_t filled; };	/* zeropage, continue, poison */
 struct protect { struct range range; uint64_t mode; };			/* writeprotect, rwprotect */
 
-enum { MODE_DONTWAKE = 1, COPY_MODE_WP = 2, WRITEPROTECT_MODE_WP = 1 };
+struct set_mode { uint64_t enable, disable; };				/* features */
+
+enum { MODE_DONTWAKE = 1, COPY_MODE_WP = 2, WRITEPROTECT_MODE_WP = 1, RWPROTECT_MODE_RWP = 1 };
+enum { FEATURE_RWP_ASYNC = 1 << 18 };
 
 #define UFFDIO_UNREGISTER	_IOR(0xAA, 0x01, struct range)
 #define UFFDIO_WAKE		_IOR(0xAA, 0x02, struct range)
@@ -41,5 +44,6 @@ enum { MODE_DONTWAKE = 1, COPY_MODE_WP = 2, WRITEPROTECT_MODE_WP = 1 };
 #define UFFDIO_CONTINUE		_IOWR(0xAA, 0x07, struct fill)
 #define UFFDIO_POISON		_IOWR(0xAA, 0x08, struct fill)
 #define UFFDIO_RWPROTECT	_IOWR(0xAA, 0x09, struct protect)
+#define UFFDIO_SET_MODE		_IOW(0xAA, 0x0A, struct set_mode)
 
 #endif

@@ -32,12 +32,20 @@ enum stress_sabotage {
 	STRESS_SKIP_PROTECT,	/* copiers: leave away the protection half-way, of every share */
 };
 
+/* Whether copiers protect their shares against all accesses, round after round, and what comes of an access then. */
+enum stress_rwp {
+	STRESS_NO_RWP,
+	STRESS_RWP_SYNC,	/* a message, which a handler answers */
+	STRESS_RWP_ASYNC,	/* nothing but that the page is accessible again */
+	STRESS_RWP_SWITCHING,	/* now this, now that: copiers switch */
+};
+
 /* What a thread has done in this bounce. */
 struct stress_thread {
 	uint64_t accesses;	/* workers: locked, checked and counted up */
-	uint64_t missing, wp;	/* handlers: faults read */
+	uint64_t missing, wp;	/* handlers: faults read; wp: of any protection */
 	uint64_t filled, eexist;	/* handlers, copiers: UFFDIO_COPY that succeeded, and that came second */
-	uint64_t unprotected;	/* handlers: UFFDIO_WRITEPROTECT with mode 0 */
+	uint64_t unprotected;	/* handlers: UFFDIO_WRITEPROTECT or UFFDIO_RWPROTECT with mode 0 */
 	uint64_t repeated;	/* copiers: UFFDIO_COPY of a page they had just filled, all refused with EEXIST */
 };
 
@@ -79,6 +87,7 @@ struct stress_config {
 	int uffd;
 	int blocking;		/* handlers block in read(2); else they poll(2), and the uffd has O_NONBLOCK */
 	int wp;			/* pages are filled protected, and each copier protects its share again half-way */
+	enum stress_rwp rwp;	/* not together with wp */
 	int random;		/* workers draw their pages; else they go through them in order */
 	int racing;		/* all workers take the same pages at the same time; else each has its own */
 	int private_file;	/* dst is private memory of a file */
@@ -99,10 +108,14 @@ struct stress_config {
 	/* Of this bounce, zero before it, by page. */
 	uint32_t *missing, *answered;	/* missing faults read; of these, answered with a fill or EEXIST */
 	uint32_t *filled;		/* UFFDIO_COPY that succeeded */
-	uint32_t *wp_faults;		/* write-protect faults read */
-	uint32_t *unprotecting, *unprotected;	/* UFFDIO_WRITEPROTECT with mode 0, begun and done */
+	uint32_t *wp_faults;		/* faults of a protection read */
+	uint32_t *unprotecting, *unprotected;	/* UFFDIO_WRITEPROTECT or UFFDIO_RWPROTECT with mode 0, begun and done */
 	uint32_t *settled;		/* un-protections that a write after the protection half-way needs; 0: not known */
 	uint32_t *written_late;		/* accesses of workers that began after the last protection of the page */
+	/* With rwp. A page that was there at the last protection, and that nobody has accessed since, is protected still. */
+	uint32_t *touches;		/* accesses of workers, counted when they are over */
+	uint32_t *touched_before;	/* the same, before the last protection, and one more; 0: the page was not there */
+	uint32_t *unprotected_before;	/* un-protections before the last protection */
 	/* By role, then by thread: STRESS_ROLES * units. */
 	struct stress_thread *threads;
 };

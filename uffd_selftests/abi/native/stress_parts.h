@@ -16,6 +16,7 @@
 
 enum {
 	BATCH = 4,		/* messages that a handler reads at once */
+	ROUNDS = 8,		/* a copier protects its share as often, with rwp */
 	REPEAT = 16,		/* a copier repeats one copy of so many, for its EEXIST */
 	WORDS_CHECKED = 512,	/* at most, at each access */
 	STACK = 256 << 10,

@@ -116,6 +116,7 @@ static bool access_page(struct thread *t, uint64_t page)
 	at(t, STRESS_ELSEWHERE, page);
 	if (late)
 		count(&c->written_late[page]);
+	count(&c->touches[page]);
 	note(&t->stats->accesses);
 	return true;
 }
@@ -189,6 +190,49 @@ static void protect_share(struct thread *t, uint64_t start, uint64_t end)
 	t->bounce->protected[t->number] = true;
 }
 
+/* The pages up to there are filled.  What begins after the last protection must know that there will be none after it. */
+static void rwprotect_share(struct thread *t, uint64_t start, uint64_t there, uint64_t end, bool last)
+{
+	const struct stress_config *c = t->bounce->c;
+	struct protect arg = { { c->dst + start * c->page_size, (end - start) * c->page_size }, RWPROTECT_MODE_RWP };
+
+	at(t, STRESS_PROTECTING, start);
+	for (uint64_t page = start; page < there; page++) {
+		c->unprotected_before[page] = now(&c->unprotected[page]);
+		c->touched_before[page] = now(&c->touches[page]) + 1;
+	}
+	if (c->sabotage != STRESS_SKIP_PROTECT && ioctl(c->uffd, UFFDIO_RWPROTECT, &arg))
+		fail_ioctl(t, start, UFFDIO_RWPROTECT, errno, 0, 0);
+	if (last)
+		t->bounce->protected[t->number] = true;
+}
+
+static void switch_mode(struct thread *t, bool async)
+{
+	struct set_mode mode = { async ? FEATURE_RWP_ASYNC : 0, async ? 0 : FEATURE_RWP_ASYNC };
+
+	if (ioctl(t->bounce->c->uffd, UFFDIO_SET_MODE, &mode))
+		fail_ioctl(t, 0, UFFDIO_SET_MODE, errno, 0, 0);
+}
+
+/* Protect the share if it is time to, before this page is filled. */
+static void protect_in_time(struct thread *t, uint64_t start, uint64_t page, uint64_t end, uint64_t *state)
+{
+	const struct stress_config *c = t->bounce->c;
+	uint64_t every = end - start > ROUNDS ? (end - start) / ROUNDS : 1;
+
+	if (!c->rwp) {
+		if (page == start + (end - start) / 2)
+			protect_share(t, start, end);
+		return;
+	}
+	if ((page - start) % every != every / 2)
+		return;
+	if (c->rwp == STRESS_RWP_SWITCHING)
+		switch_mode(t, draw(state) % 2);
+	rwprotect_share(t, start, page, end, page + every >= end);
+}
+
 void *stress_copier_main(void *arg)
 {
 	struct thread *t = arg;
@@ -198,8 +242,7 @@ void *stress_copier_main(void *arg)
 
 	wait_until_open(b);
 	for (uint64_t page = start; page < end && !b->failed; page++) {
-		if (page == start + (end - start) / 2)
-			protect_share(t, start, end);
+		protect_in_time(t, start, page, end, &state);
 		at(t, STRESS_COPYING, page);
 		if (fill(t, page, copy_of(b->c, page)) && page % REPEAT == 0)
 			repeat(t, page);
@@ -321,14 +364,15 @@ static void answer_wp(struct thread *t, uint64_t page)
 {
 	const struct stress_config *c = t->bounce->c;
 	struct protect arg = { { c->dst + page * c->page_size, c->page_size }, 0 };
+	unsigned long request = c->rwp ? UFFDIO_RWPROTECT : UFFDIO_WRITEPROTECT;
 
 	note(&t->stats->wp);
 	count(&c->wp_faults[page]);
 	if (c->sabotage == STRESS_DROP_WP_FAULT && strikes(t->bounce))
 		return;
 	count(&c->unprotecting[page]);
-	if (ioctl(c->uffd, UFFDIO_WRITEPROTECT, &arg)) {
-		fail_ioctl(t, page, UFFDIO_WRITEPROTECT, errno, 0, 0);
+	if (ioctl(c->uffd, request, &arg)) {
+		fail_ioctl(t, page, request, errno, 0, 0);
 		return;
 	}
 	note(&t->stats->unprotected);
@@ -352,6 +396,8 @@ static void answer(struct thread *t, const struct msg *msg)
 	else if (c->private_file && flags == FLAG_WRITE)
 		answer_mistaken(t, page);
 	else if (c->wp && flags == (FLAG_WP | FLAG_WRITE))
+		answer_wp(t, page);
+	else if ((c->rwp == STRESS_RWP_SYNC || c->rwp == STRESS_RWP_SWITCHING) && (flags & ~FLAG_WRITE) == FLAG_RWP)
 		answer_wp(t, page);
 	else
 		fail(t, (struct stress_failure){ .kind = STRESS_FLAGS, .page = page, .observed = flags });
