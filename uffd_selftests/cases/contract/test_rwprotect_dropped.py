@@ -9,7 +9,7 @@ from functools import partial
 
 from uffd_selftests.case import uffd_case
 from uffd_selftests.common import (
-    ALL, MISSING, NEW, RWP, SHARED, SYNC_RWP, WRITE, Advice, Area, Context, PagefaultFlag, Pagemap, Range, RegisterMode,
+    ALL, MISSING, NEW, RWP, SHARED, SHMEM_PRIVATE, SYNC_RWP, WRITE, Advice, Area, Context, PagefaultFlag, Pagemap, Range, RegisterMode,
     advise, copy, expect, expect_bytes, expect_rwp_free, expect_rwp_trapped, expect_same, faulting, fill_otherwise,
     peek, poke, promise, rwp_protected, rwp_trapped, syscalls, touch, undisturbed,
 )  # fmt: skip
@@ -60,9 +60,12 @@ def test_rwprotect_dontneed_missing(ctx: Context) -> None:
     advise(area.page(1, 3), Advice.DONTNEED)
     for page, write in ((1, False), (2, True)):
         start = area.page(page).start
-        if ctx.mem.shared:
+        if ctx.mem.shared or ctx.mem is SHMEM_PRIVATE:  # a write to private memory left a page of zeroes in the file
             undisturbed(uffd, partial(touch, area.page(page), area.page_size, write=write))
-            area.expect_pattern_of(area, page, 1)
+            if ctx.mem.shared:
+                area.expect_pattern_of(area, page, 1)
+            else:
+                area.expect_zero(page, 1)
         else:
             call = partial(poke, start, peek(ctx.src.page(page).start, 8)) if write else partial(peek, start)
             with promise("RW-28", f"page {page}"):
@@ -151,7 +154,13 @@ def test_rwprotect_removed_missing(ctx: Context) -> None:
 def test_rwprotect_dropped_under_thread(ctx: Context) -> None:
     """Who waits for a protected page sleeps on when it is dropped; woken or resolved, he finds it missing."""
     area, uffd = ctx.dst, ctx.uffd
-    drops: dict[str, Callable[[], object]] = {"MADV_DONTNEED": lambda: advise(area.page(1, 2), Advice.DONTNEED)}
+
+    def dontneed() -> None:
+        if area.fd is not None:
+            removals(area)["FALLOC_FL_PUNCH_HOLE"][0]()  # of the page cache; what was written is private
+        advise(area.page(1, 2), Advice.DONTNEED)
+
+    drops: dict[str, Callable[[], object]] = {"MADV_DONTNEED": dontneed}
     if ctx.mem.shared:
         drops = {what: removals(area)[what][0] for what in ("MADV_REMOVE", "FALLOC_FL_PUNCH_HOLE")}
     ends: dict[str, Callable[[Range], None]] = {"UFFDIO_WAKE": uffd.wake, "UFFDIO_RWPROTECT with mode 0": uffd.resolve}
