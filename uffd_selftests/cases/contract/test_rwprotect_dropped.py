@@ -9,9 +9,9 @@ from functools import partial
 
 from uffd_selftests.case import uffd_case
 from uffd_selftests.common import (
-    ALL, MISSING, NEW, RWP, SHARED, SHMEM_PRIVATE, SYNC_RWP, WRITE, Advice, Area, Context, PagefaultFlag, Pagemap, Range, RegisterMode,
-    advise, copy, expect, expect_bytes, expect_rwp_free, expect_rwp_trapped, expect_same, faulting, fill_otherwise,
-    peek, poke, promise, rwp_protected, rwp_trapped, syscalls, touch, undisturbed,
+    ALL, ANON, MISSING, NEW, RWP, SHARED, SHMEM_PRIVATE, SYNC_RWP, WRITE, Advice, Area, Context, PagefaultFlag, Pagemap,
+    Range, RegisterMode, advise, copy, expect, expect_bytes, expect_rwp_free, expect_rwp_trapped, expect_same, faulting,
+    fill_otherwise, huge_area, peek, poke, promise, rwp_protected, rwp_trapped, syscalls, touch, undisturbed,
 )  # fmt: skip
 
 FALLOC_FL_KEEP_SIZE = 1
@@ -79,6 +79,35 @@ def test_rwprotect_dontneed_missing(ctx: Context) -> None:
     expect_rwp_trapped(uffd, area, 0, 4)
     for page in (0, 4):
         area.expect_pattern_of(area, page, 1)
+
+
+@uffd_case("rwprotect-thp-dontneed", mem=(ANON,), features=SYNC_RWP, needs=("thp",), pages=2, rows=("RW-28",))
+def test_rwprotect_thp_dontneed(ctx: Context) -> None:
+    """Of a transparent huge page a part can be dropped; the rest stays protected, and the new pages are free to use."""
+    area, uffd = huge_area(ctx), ctx.uffd
+    last = area.nr_pages - 1
+    uffd.register(area.range, MISSING | RWP)
+    uffd.rwprotect(area.range)
+    with rwp_trapped(uffd, area, 8), rwp_trapped(uffd, area, 9):
+        advise(area.page(7, 2), Advice.DONTNEED)
+        left = [page for page in range(area.nr_pages) if page not in (7, 8)]
+        Pagemap.expect_protected(area, left, "after MADV_DONTNEED of pages 7 and 8")
+        uffd.expect_still_asleep(2)
+        uffd.resolve(area.page(8))
+        uffd.wait_fault(area.page(8).start)
+        uffd.expect_still_asleep(2)
+        uffd.zeropage(area.page(8))
+        uffd.expect_asleep(1)
+        Pagemap.expect_protected(area, left, "after UFFDIO_ZEROPAGE of page 8")
+        uffd.resolve(area.page(9))
+    with faulting(uffd, area.page(7).start):
+        uffd.zeropage(area.page(7))
+    area.expect_zero(7, 2)
+    expect_rwp_free(uffd, area, 7, 8, 9)
+    expect_rwp_trapped(uffd, area, 0, 6, 10, last)
+    uffd.resolve(area.range)
+    area.expect_pattern_of(area, 0, 7)
+    area.expect_pattern_of(area, 9)
 
 
 def removals(area: Area) -> dict[str, tuple[Callable[[], object], set[int]]]:

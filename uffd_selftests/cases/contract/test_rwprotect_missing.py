@@ -12,9 +12,9 @@ from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
     ALL, ANON, CACHED, FILE_BACKED, MINOR, MINOR_FAULTS, MISSING, NEW, PAGE_SIZE, RWP, SHMEM, SHMEM_PRIVATE, SYNC_RWP,
     WRITE, Advice, Context, ContinueMode, CopyMode, Feature, KernelError, MoveMode, PagefaultFlag, Pagemap, Range, Skip,
-    advise, cached, copy, expect, expect_rwp_free, expect_rwp_trapped, expect_same, faulting, fill_otherwise,
-    keep_small, page_frames, peek, pmd_size, poke, promise, put_back, refuses, rwp_filled, rwp_protected, rwp_trapped,
-    signals, swap_out, touch, uapi, undisturbed,
+    advise, cached, copy, expect, expect_rwp_free, expect_rwp_trapped, expect_same, faulting, fill_otherwise, huge_area,
+    keep_small, page_frames, peek, pmd_mapped, pmd_size, poke, promise, put_back, refuses, rwp_filled, rwp_protected,
+    rwp_trapped, signals, swap_out, touch, uapi, undisturbed,
 )  # fmt: skip
 
 
@@ -419,6 +419,37 @@ def test_rwprotect_fills_swapped(ctx: Context) -> None:
         expect(Pagemap.have(area.range, uapi.PM_SWAP), [True] * 4, "pages in swap")
     expect_rwp_trapped(uffd, area, 0, 2)
     uffd.resolve(area.range)
+    area.expect_pattern_of(area)
+
+
+@uffd_case(
+    "rwprotect-fills-thp",
+    mem=(ANON,),
+    features=SYNC_RWP | Feature.POISON,
+    needs=("thp",),
+    pages=2,
+    rows=("RW-26",),
+    kind=Kind.DETAIL,
+)
+def test_rwprotect_fills_thp(ctx: Context) -> None:
+    """To fill a part of a protected transparent huge page is EEXIST, and leaves it protected and in one piece."""
+    area, uffd = huge_area(ctx), ctx.uffd
+    fill_otherwise(ctx.src)
+    uffd.register(area.range, MISSING | RWP)
+    uffd.rwprotect(area.range)
+    last = area.nr_pages - 1
+    with rwp_trapped(uffd, area, 7):
+        for page in (0, 7, last):
+            with promise("RW-26", f"UFFDIO_COPY, page {page}"), refuses(EEXIST):
+                uffd.copy(area.page(page).start, ctx.src.start, PAGE_SIZE)
+            with promise("RW-26", f"UFFDIO_ZEROPAGE, page {page}"), refuses(EEXIST):
+                uffd.zeropage(area.page(page))
+            with promise("RW-26", f"UFFDIO_POISON, page {page}"), refuses(EEXIST):
+                uffd.poison(area.page(page))
+        Pagemap.expect_protected(area, range(area.nr_pages), "after refused fills")
+        expect(pmd_mapped(area.range), area.range.len, "bytes mapped by a huge page")
+        uffd.expect_still_asleep(1)
+        uffd.resolve(area.range)
     area.expect_pattern_of(area)
 
 

@@ -12,8 +12,8 @@ from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
     ALL, ANON, HUGETLB_PRIVATE, MISSING, NEW, PROT_EXEC, PROT_READ, PROT_WRITE, READ_TRAPPED, RWP, SHMEM_PRIVATE,
     SYNC_RWP, WRITE_TRAPPED, Area, Channel, Child, Context, Fault, Feature, KernelError, Pagemap, Range, RwprotectMode,
-    Skip, Uffd, expect, expect_rwp_free, expect_rwp_trapped, faulting, ffi, huge_area, page_frames, peek, pmd_mapped,
-    poke, promise, protect, put_back, rwp_filled, rwp_protected, rwp_trapped, trapped_at, undisturbed,
+    Skip, Uffd, cached, expect, expect_rwp_free, expect_rwp_trapped, faulting, ffi, huge_area, page_frames, peek,
+    pmd_mapped, poke, promise, protect, put_back, rwp_filled, rwp_protected, rwp_trapped, trapped_at, undisturbed,
 )  # fmt: skip
 
 DONTWAKE = RwprotectMode.DONTWAKE
@@ -466,3 +466,35 @@ def test_rwprotect_thp_shared_with_child(ctx: Context) -> None:
             uffd.resolve(area.range)
             put_back(area, 7, 8)
             area.expect_pattern_of(area)
+
+
+@uffd_case(
+    "rwprotect-private-file",
+    mem=(SHMEM_PRIVATE, HUGETLB_PRIVATE),
+    features=SYNC_RWP,
+    pages=4,
+    spare_hugepages=4,
+    rows=("RW-17",),
+    kind=Kind.DETAIL,
+)
+def test_rwprotect_private_file(ctx: Context) -> None:
+    """A page that a private mapping shares with its file stays so when resolved: a write makes a private copy."""
+    area, uffd = ctx.dst, ctx.uffd
+    with cached(ctx, mode=RWP) as where:
+        undisturbed(uffd, partial(area.expect_pattern_of, area))
+        uffd.rwprotect(area.range)
+        Pagemap.expect_protected(area, range(4), "of pages of the file")
+        expect_rwp_trapped(uffd, area, 0)
+        with promise("RW-17", "written when resolved"):
+            expect_rwp_trapped(uffd, area, 1, write=True)
+            area.expect_pattern(where)
+        with promise("RW-17", "resolved, then written"):
+            uffd.resolve(area.range)
+            for page in (0, 2, 3):
+                undisturbed(uffd, partial(poke, area.page(page).start, NEW))
+            area.expect_pattern(where)
+        Pagemap.expect_protected(area, (), "after all were resolved")
+        for page in range(4):
+            expect(peek(area.page(page).start, len(NEW)), NEW, f"what was written to page {page}")
+            put_back(area, page)
+        area.expect_pattern_of(area)
