@@ -38,7 +38,7 @@ def test_rwprotect_errors(ctx: Context) -> None:
                 with promise("RW-06", f"{what}, mode {mode}"), refuses(EINVAL):
                     ctx.uffd.rwprotect(bad, mode)
         for bit in range(2, 64):
-            for known in range(4):
+            for known in (0, 1):
                 with promise("RW-05", f"mode bit {bit} with {known:#x}"), refuses(EINVAL):
                     ctx.uffd.rwprotect(area.range, RwprotectMode(1 << bit | known))
         with promise("RW-05", "RWP with DONTWAKE"), refuses(EINVAL):

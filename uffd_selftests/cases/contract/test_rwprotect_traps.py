@@ -12,8 +12,8 @@ from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
     ALL, ANON, HUGETLB_PRIVATE, MISSING, NEW, PROT_EXEC, PROT_READ, PROT_WRITE, READ_TRAPPED, RWP, SHMEM_PRIVATE,
     SYNC_RWP, WRITE_TRAPPED, Area, Channel, Child, Context, Fault, Feature, KernelError, Pagemap, Range, RwprotectMode,
-    Skip, Uffd, cached, expect, expect_rwp_free, expect_rwp_trapped, faulting, ffi, huge_area, page_frames, peek,
-    pmd_mapped, poke, promise, protect, put_back, rwp_filled, rwp_protected, rwp_trapped, trapped_at, undisturbed,
+    Skip, Uffd, cached, eventually, expect, expect_rwp_free, expect_rwp_trapped, faulting, ffi, huge_area, page_frames,
+    peek, pmd_mapped, poke, promise, protect, put_back, rwp_filled, rwp_protected, rwp_trapped, trapped_at, undisturbed,
 )  # fmt: skip
 
 DONTWAKE = RwprotectMode.DONTWAKE
@@ -352,7 +352,28 @@ def test_rwprotect_unread(ctx: Context) -> None:
                 end()
             expect(uffd.readable(), False, "POLLIN afterwards")
             uffd.expect_still_asleep(0)
+        if what == "resolved":
+            uffd.rwprotect(area.range)
+            expect_one_unread(uffd, area)
     area.expect_pattern_of(area)
+
+
+def expect_one_unread(uffd: Uffd, area: Area) -> None:
+    """Assert that of three unread messages just that one is gone whose page is resolved, in the middle of the queue."""
+    with (
+        faulting(uffd, area.page(0).start, read=False),
+        faulting(uffd, area.page(1).start, read=False) as waiter,
+        faulting(uffd, area.page(2).start, read=False) as last,
+    ):
+        for thread in (waiter, last):
+            thread.expect_sleeping()
+        eventually(lambda: uffd.fdinfo.pending == 3, "three unread messages (pending: of fdinfo)")
+        uffd.resolve(area.page(1))
+        waiter.result()
+        told = sorted((message for message in uffd.read(8) if isinstance(message, Fault)), key=lambda m: m.address)
+        expect(told, [Fault(area.page(page).start, READ_TRAPPED) for page in (0, 2)], "messages left")
+        uffd.expect_still_asleep(2)
+        uffd.resolve(area.range)
 
 
 @uffd_case(
