@@ -192,7 +192,7 @@ def expect_told(uffd: Uffd, area: Area, where: Range, features: Feature, *, unit
 def test_rwprotect_thp_address(ctx: Context) -> None:
     """In a transparent huge page the message names the base page, or the exact address."""
     area = huge_area(ctx)
-    for features in (SYNC_RWP, SYNC_RWP | Feature.THREAD_ID, SYNC_RWP | Feature.EXACT_ADDRESS | Feature.THREAD_ID):
+    for features in (SYNC_RWP, SYNC_RWP | Feature.EXACT_ADDRESS | Feature.THREAD_ID):
         with Uffd.open(features) as uffd:
             uffd.register(area.range, RWP)
             for page in (0, 7, area.nr_pages - 1):
