@@ -46,6 +46,7 @@ _NUMBERS = {
     "munlockall": (152, 231),
     "pidfd_open": (434, 434),
     "pkey_alloc": (330, 289),
+    "pkey_free": (331, 290),
     "pkey_mprotect": (329, 288),
     "prctl": (157, 167),
     "preadv2": (327, 286),

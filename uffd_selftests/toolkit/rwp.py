@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 
-from uffd_selftests.abi.uapi import Feature, PageCategory, PagefaultFlag, RegisterMode
+from uffd_selftests.abi.uapi import PM_PFN_MASK, Feature, PageCategory, PagefaultFlag, RegisterMode
 from uffd_selftests.mem_types import Area
 from uffd_selftests.toolkit.access import peek, poke, touch
 from uffd_selftests.toolkit.context import Context
 from uffd_selftests.toolkit.expectations import expect, promise
 from uffd_selftests.toolkit.faulting import NEW, faulting, undisturbed
 from uffd_selftests.toolkit.handle import RWP, Uffd
+from uffd_selftests.toolkit.memory import Range
 from uffd_selftests.toolkit.pagemap import Pagemap, Scan
 from uffd_selftests.toolkit.threads import Waiter
 from uffd_selftests.toolkit.tracking import Pages, expect_scan, regions
@@ -30,6 +32,10 @@ __all__ = [
     "expect_rwp_trapped",
     "expect_rwp_free",
     "expect_accessed",
+    "trapped_at",
+    "page_frames",
+    "put_back",
+    "fill_otherwise",
 ]
 
 SYNC_RWP = Feature.RWP
@@ -103,3 +109,31 @@ def expect_accessed(area: Area | Pages, pages: Iterable[int], when: str) -> None
     """Assert that PAGEMAP_SCAN reports exactly these pages of the area as accessed, and looks at the whole."""
     found = Pagemap.scan(area.range, ACCESSED, room=max(64, area.nr_pages))
     expect_scan(area, found, Scan(regions(area, pages, ACCESSED), area.range.end), when)
+
+
+def trapped_at(
+    uffd: Uffd, address: int, page: Range, *, write: bytes = b"", told: int | None = None
+) -> AbstractContextManager[Waiter]:
+    """Have a thread read one byte at any address of a page, or store ``write`` there, and be trapped.
+
+    The message must name the start of the page, or the address ``told``.
+    """
+    call = partial(poke, address, write) if write else partial(peek, address)
+    flags = WRITE_TRAPPED if write else READ_TRAPPED
+    return faulting(uffd, address, call=call, flags=flags, at=page.start if told is None else told)
+
+
+def page_frames(where: Range) -> list[str]:
+    """Return of each base page which memory is behind it; all alike where that is not told, without CAP_SYS_ADMIN."""
+    return [hex(entry & PM_PFN_MASK) for entry in Pagemap.entries(where)]
+
+
+def put_back(area: Area, *pages: int) -> None:
+    """Write the area's own pattern over pages where something else was written; they must be accessible."""
+    for page in pages:
+        area.fill(page, 1)
+
+
+def fill_otherwise(area: Area) -> None:
+    """Fill an area with other bytes than fill() does: what comes from there is not taken for what was there."""
+    replace(area.pattern, flipped=True).fill(area.start, 0, area.nr_pages)
