@@ -344,7 +344,8 @@ def scan_of_dropped(on: Stage) -> str:
 def scan_of_unwatched(on: Stage) -> str:
     """Since Linux 7.3, PAGE_IS_WRITTEN is of memory registered for write protection alone."""
     on.src.fill()
-    return "counts as written" if Pagemap.scan(on.src.range, PageCategory.WRITTEN).regions else "does not count as written"
+    found = Pagemap.scan(on.src.range, PageCategory.WRITTEN).regions
+    return "counts as written" if found else "does not count as written"
 
 
 def scan_of_hole(on: Stage) -> str:

@@ -173,7 +173,7 @@ def test_accessed_not_tracked(ctx: Context) -> None:
     uffd.register(area.page(3, 3), RWP)
     uffd.rwprotect(area.page(4))
     for flags in (CHECK, RESTART):
-        for pages in ((3, 3), (2, 2), (0, 6), (4, 1)):
+        for pages in ((3, 3), (2, 2), (0, 6), (4, 1)) if flags == CHECK else ((3, 3), (4, 1)):
             with promise("AS-25", f"{pages[1]} pages from page {pages[0]} on, {flags}"), fails(EPERM):
                 Pagemap.scan(area.page(*pages), WRITTEN, flags=flags)
     with promise("AS-25"):

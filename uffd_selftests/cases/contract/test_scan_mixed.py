@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from errno import EPERM
 from functools import partial
 
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
     ALL, ANON, ASYNC, CHECK, EACH_HUGETLB, NOT_HUGETLB, PAGE_SIZE, PRESENT, RESTART, SCAN, SHMEM, SHMEM_PRIVATE, WP,
     WPALLOWED, WRITTEN, Advice, Area, Context, PageCategory, Pagemap, Range, Scan, Skip, advise, expect, expect_scan,
-    expect_written, keep_small, pages_in, promise, regions, swap_out, touch, tracked, uapi, undisturbed, unmap, write,
+    expect_written, fails, keep_small, pages_in, promise, regions, swap_out, touch, tracked, uapi, undisturbed, unmap,
+    write,
 )  # fmt: skip
 
 SWAPPED = PageCategory.SWAPPED
@@ -189,25 +191,52 @@ def test_scan_limit_hole(ctx: Context) -> None:
 
 STALE_END = Defect(
     id="D-AS-29",
-    summary="PAGEMAP_SCAN that returns more than 512 regions says in walk_end that it stopped at the 513th, "
+    summary="PAGEMAP_SCAN that returns more than 512 regions says in walk_end that it stopped behind the first 512, "
     "although it looked at the whole range",
-    kernels="7.3.4",
+    kernels="6.12.117, 6.18.15, 7.3.4",
     advice="give the vector room for 512 regions at most, or take the range for done where fewer regions came than "
     "there was room for",
-    shows=r"AS-07: .*: expected .*, up to page \d+; got .*, up to page \d+",
+    shows=r"AS-29, \d+ regions: walk_end, as a page of the area: expected 2600, got \d+",
 )
 
 
-@uffd_case("scan-walk-end", mem=(ANON,), features=ASYNC, needs=SCAN, pages=2600, rows=("AS-07",), kind=Kind.DETAIL)
+@uffd_case("scan-walk-end", mem=(ANON,), features=ASYNC, needs=SCAN, pages=2600, rows=("AS-29",), defect=STALE_END)
 def test_scan_walk_end(ctx: Context) -> None:
-    """A scan that had room for all says that it looked at all of the range, however many regions it returned."""
+    """A scan that looked at all of its range says so in walk_end, however many regions it returned."""
     area = tracked(ctx)
     for count in (511, 512, 513, 1025, 1300):
         ctx.uffd.writeprotect(area.range)
         undisturbed(ctx.uffd, partial(touch, area.page(0, 2 * count), 2 * PAGE_SIZE, write=True))
-        written = regions(area, range(0, 2 * count, 2))
         found = Pagemap.scan(area.range, WRITTEN, flags=CHECK, room=1500)
-        expect_scan(area, found, Scan(written, area.range.end), f"AS-07: {count} regions written")
+        with promise("AS-29", f"{count} regions"):
+            written = regions(area, range(0, 2 * count, 2))
+            expect_scan(area, found._replace(walk_end=0), Scan(written, 0), "pages written")
+            expect((found.walk_end - area.start) // PAGE_SIZE, 2600, "walk_end, as a page of the area")
+
+
+FORGOTTEN = Defect(
+    id="D-AS-30",
+    summary="PAGEMAP_SCAN with PM_SCAN_WP_MATCHING that ends with EPERM has protected the tracked pages in front of the "
+    "mapping that is not tracked, and told of none: what was written to them is lost",
+    kernels="6.12.117, 6.18.15, 7.3.4",
+    advice="scan no range of which you do not track all, or leave out PM_SCAN_CHECK_WPASYNC",
+    shows=r"AS-30: .*expected PM_UFFD_WP in pagemap on exactly these pages: 0, 4, got 0-2, 4;",
+)
+
+
+@uffd_case("scan-refused", mem=ALL, features=ASYNC, needs=SCAN, pages=5, rows=("AS-30",), defect=FORGOTTEN)
+def test_scan_refused(ctx: Context) -> None:
+    """A scan that is refused with EPERM has protected nothing, so that no write is lost between it and the next."""
+    area, uffd = ctx.dst, ctx.uffd
+    area.fill()
+    uffd.register(area.page(0, 3), WP)
+    uffd.register(area.page(4), WP)
+    uffd.writeprotect(area.page(0))
+    uffd.writeprotect(area.page(4))
+    with promise("AS-30"):
+        with fails(EPERM):
+            Pagemap.scan(area.range, WRITTEN, flags=RESTART)
+        Pagemap.expect_protected(area, {0, 4}, "after that")
 
 
 # ---- huge pages of hugetlb -----------------------------------------------------------------------------------------
