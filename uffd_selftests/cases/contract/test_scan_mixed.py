@@ -216,7 +216,7 @@ def test_scan_walk_end(ctx: Context) -> None:
 
 FORGOTTEN = Defect(
     id="D-AS-30",
-    summary="PAGEMAP_SCAN with PM_SCAN_WP_MATCHING that ends with EPERM has protected the tracked pages in front of the "
+    summary="PAGEMAP_SCAN with PM_SCAN_WP_MATCHING that ends with EPERM has protected the tracked pages before the "
     "mapping that is not tracked, and told of none: what was written to them is lost",
     kernels="6.12.117, 6.18.15, 7.3.4",
     advice="scan no range of which you do not track all, or leave out PM_SCAN_CHECK_WPASYNC",
