@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from errno import EFAULT, EINVAL, ESRCH
 from functools import partial
 
-from uffd_selftests.abi.uapi import UFFDIO_SET_MODE
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
     ALL, ANON, ASYNC_RWP, CACHED, KERNEL_FAULTS, MINOR, MINOR_FAULTS, MISSING, NEW, PAGE_SIZE, READ_TRAPPED, RWP,
@@ -174,9 +173,9 @@ def test_set_mode_errors(ctx: Context) -> None:
         for what, uffd in ("alive", ctx.uffd), ("gone", gone), ("gone, without RWP", plain):
             for address in (0, beyond):
                 with promise("SM-05", f"target {what}, argument at {address:#x}"), fails(EFAULT):
-                    uffd.raw_ioctl(UFFDIO_SET_MODE, address)
+                    uffd.raw_ioctl(uapi.UFFDIO_SET_MODE, address)
             with promise("SM-05", f"target {what}, a bit in both fields"), refuses(EINVAL):
-                uffd.raw_ioctl(UFFDIO_SET_MODE, ctypes.addressof(both))
+                uffd.raw_ioctl(uapi.UFFDIO_SET_MODE, ctypes.addressof(both))
             with promise("SM-05", f"target {what}, an unknown bit"), refuses(EINVAL):
                 uffd.set_mode(Feature.WP_ASYNC)
         with promise("SM-05", "target gone, without RWP: enable"), refuses(EINVAL):
