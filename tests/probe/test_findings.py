@@ -60,6 +60,9 @@ def test_questions_are_answered(found: Report) -> None:
     assert answers.get("wp-of-hole", "has no effect") == "has no effect"
     assert answers.get("wp-after-move", "is lost") in ("is lost", "is kept")
     assert answers.get("scan-of-dropped", "is missed") in ("is missed", "counts as written")
+    for key in ("scan-of-unwatched", "scan-of-hole"):
+        assert answers.get(key, "counts as written") in ("counts as written", "does not count as written")
+    assert answers.get("scan-categories", "up to PAGE_IS_GUARD").startswith("up to PAGE_IS_")
 
 
 def hang(_: Stage) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from errno import EINVAL
 from functools import partial
 
 from uffd_selftests.abi import syscalls
@@ -340,6 +341,34 @@ def scan_of_dropped(on: Stage) -> str:
     return "counts as written" if found else "is missed"
 
 
+def scan_of_unwatched(on: Stage) -> str:
+    """Since Linux 7.3, PAGE_IS_WRITTEN is of memory registered for write protection alone."""
+    on.src.fill()
+    found = Pagemap.scan(on.src.range, PageCategory.WRITTEN).regions
+    return "counts as written" if found else "does not count as written"
+
+
+def scan_of_hole(on: Stage) -> str:
+    """Since Linux 7.3, a hole counts as written there, whatever else is asked for; hugetlb's never do."""
+    returned = PageCategory.WRITTEN | PageCategory.PRESENT
+    found = Pagemap.scan(on.dst.range, PageCategory.WRITTEN, returned=returned).regions
+    return "counts as written" if found else "does not count as written"
+
+
+def scan_categories(on: Stage) -> str:
+    """PAGE_IS_GUARD came with Linux 6.15, PAGE_IS_ACCESSED with 7.3; others are EINVAL."""
+    known = []
+    for category in PageCategory:
+        try:
+            Pagemap.scan(on.dst.range, category)
+        except OSError as error:
+            if error.errno != EINVAL:
+                raise
+        else:
+            known.append(category)
+    return f"up to {max(known)}" if known else "none"
+
+
 def wp_after_move(on: Stage) -> str:
     """UFFDIO_MOVE takes a page along, and loses its protection."""
     on.src.fill()
@@ -384,6 +413,21 @@ QUESTIONS = (
         "scan-of-dropped",
         "a page dropped under WP_ASYNC, for PAGEMAP_SCAN",
         Trial("WP_ASYNC", scan_of_dropped, mode=WP, features=WP_ASYNC),
+    ),
+    Question(
+        "scan-of-unwatched",
+        "a page that nobody watches, for PAGE_IS_WRITTEN",
+        Trial("PAGEMAP_SCAN", scan_of_unwatched, features=Feature.WP_ASYNC),
+    ),
+    Question(
+        "scan-of-hole",
+        "a hole in memory registered for WP, for PAGE_IS_WRITTEN",
+        Trial("PAGEMAP_SCAN", scan_of_hole, mode=WP, features=Feature.WP_ASYNC),
+    ),
+    Question(
+        "scan-categories",
+        "the categories of PAGEMAP_SCAN",
+        Trial("PAGEMAP_SCAN", scan_categories, features=Feature.WP_ASYNC),
     ),
     Question(
         "wp-after-move",

@@ -33,6 +33,7 @@ __all__ = [
     "two_page_tables",
     "write",
     "regions",
+    "pages_in",
     "expect_scan",
     "expect_written",
 ]
@@ -112,6 +113,14 @@ def regions(area: Area | Pages, pages: Iterable[int], categories: PageCategory =
         else:
             found.append(Region(start, end, categories))
     return found
+
+
+def pages_in(area: Area | Pages, found: Iterable[Region]) -> list[int]:
+    """Return the numbers of the pages in regions, in their order, whatever their categories."""
+    pages: list[int] = []
+    for start, end, _ in found:
+        pages += range((start - area.range.start) // area.page_size, (end - area.range.start) // area.page_size)
+    return pages
 
 
 def expect_scan(area: Area | Pages, found: Scan, expected: Scan, what: str) -> None:

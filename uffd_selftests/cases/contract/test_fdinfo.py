@@ -14,10 +14,10 @@ from pathlib import Path
 
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, DEFAULT_FLAGS, FORK, HUGETLB, MINOR, MISSING, REMAP, REMOVE, SHMEM, UNMAP, WP, WRITEPROTECT, Advice,
-    ApiIoctls, Channel, Child, Context, CopyMode, Feature, Message, PagefaultFlag, RangeIoctls, Uffd, Waiter, advise,
-    await_child_event, await_event, eventually, expect, faulting, faulting_pages, monitored, moved, peek, poke, promise,
-    read_fork, remap, removed, take_event, uapi, unmap, unmapped,
+    ALL, ANON, ASYNC_RWP, DEFAULT_FLAGS, FORK, HUGETLB, MINOR, MISSING, REMAP, REMOVE, SHMEM, SYNC_RWP, UNMAP, WP,
+    WRITEPROTECT, Advice, ApiIoctls, Channel, Child, Context, CopyMode, Feature, Message, PagefaultFlag, RangeIoctls,
+    Uffd, Waiter, advise, await_child_event, await_event, eventually, expect, faulting, faulting_pages, monitored,
+    moved, peek, poke, promise, read_fork, remap, removed, take_event, uapi, unmap, unmapped,
 )  # fmt: skip
 
 INITIALIZED = 1 << 31
@@ -26,6 +26,8 @@ INITIALIZED = 1 << 31
 RWP_IOCTLS = RangeIoctls.RWPROTECT | ApiIoctls.SET_MODE
 """Linux 7.3 shows them on machines too that cannot read-write protect."""
 
+
+NONE, SWITCH = Feature(0), Feature.RWP_ASYNC
 
 FORMAT = re.compile(r"pending:\t(\d+)\ntotal:\t(\d+)\nAPI:\t([0-9a-f]+):([0-9a-f]+):([0-9a-f]+)\n")
 
@@ -302,3 +304,23 @@ def test_fdinfo_ioctls() -> None:
         unsure = RWP_IOCTLS if uapi.UFFDIO_SET_MODE in requests else 0
         known = sum(uapi.ioctl_bit(code) for code in requests)
         expect(f"{before.ioctls & ~unsure:#x}", f"{known & ~unsure:#x}", "FI-04: ioctls")
+
+
+@uffd_case("fdinfo-rwp", features=ASYNC_RWP, rows=("FI-06",), kind=Kind.DETAIL)
+def test_fdinfo_rwp() -> None:
+    """Fdinfo shows RWP and RWP_ASYNC as asked for, RWP_ASYNC as UFFDIO_SET_MODE has left it, and both requests."""
+    other = Feature.THREAD_ID
+    for asked in (SYNC_RWP, ASYNC_RWP, ASYNC_RWP | other):
+        with Uffd.open(asked) as uffd, Uffd.open(SYNC_RWP) as second:
+            wanted = asked
+            for enable, disable in ((NONE, NONE), (SWITCH, NONE), (SWITCH, NONE), (NONE, SWITCH), (SWITCH, NONE)):
+                uffd.set_mode(enable, disable)
+                wanted = (wanted | enable).without(disable)
+                with promise("FI-06", f"asked for {asked}, enable {enable}, disable {disable}"):
+                    expect(f"{uffd.fdinfo.features & ~INITIALIZED:#x}", f"{wanted:#x}", "features, but for bit 31")
+                    expect(uffd.fdinfo.ioctls & RWP_IOCTLS, int(RWP_IOCTLS), "ioctls RWPROTECT and SET_MODE")
+            expect(second.fdinfo.features & ~INITIALIZED, int(SYNC_RWP), "FI-06: features of another handle")
+    with Uffd.open() as plain:
+        plain.set_mode(disable=SWITCH)
+        expect(plain.fdinfo.features & ~INITIALIZED, 0, "FI-06: features of a handle that asked for none")
+        expect(plain.fdinfo.ioctls & RWP_IOCTLS, int(RWP_IOCTLS), "FI-06: its ioctls")
