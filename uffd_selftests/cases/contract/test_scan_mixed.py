@@ -193,7 +193,7 @@ STALE_END = Defect(
     id="D-AS-29",
     summary="PAGEMAP_SCAN that returns more than 512 regions says in walk_end that it stopped behind the first 512, "
     "although it looked at the whole range",
-    kernels="6.12.117, 6.18.15, 7.3.4",
+    kernels="6.12.117, 6.18.44, 7.3.4",
     advice="give the vector room for 512 regions at most, or take the range for done where fewer regions came than "
     "there was room for",
     shows=r"AS-29, \d+ regions: walk_end, as a page of the area: expected 2600, got \d+",
@@ -218,7 +218,7 @@ FORGOTTEN = Defect(
     id="D-AS-30",
     summary="PAGEMAP_SCAN with PM_SCAN_WP_MATCHING that ends with EPERM has protected the tracked pages before the "
     "mapping that is not tracked, and told of none: what was written to them is lost",
-    kernels="6.12.117, 6.18.15, 7.3.4",
+    kernels="6.12.117, 6.18.44, 7.3.4",
     advice="scan no range of which you do not track all, or leave out PM_SCAN_CHECK_WPASYNC",
     shows=r"AS-30: .*expected PM_UFFD_WP in pagemap on exactly these pages: 0, 4, got 0-2, 4;",
 )
