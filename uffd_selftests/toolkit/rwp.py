@@ -30,6 +30,7 @@ __all__ = [
     "expect_rwp_trapped",
     "expect_rwp_free",
     "expect_accessed",
+    "rewrite",
 ]
 
 SYNC_RWP = Feature.RWP
@@ -103,3 +104,11 @@ def expect_accessed(area: Area | Pages, pages: Iterable[int], when: str) -> None
     """Assert that PAGEMAP_SCAN reports exactly these pages of the area as accessed, and looks at the whole."""
     found = Pagemap.scan(area.range, ACCESSED, room=max(64, area.nr_pages))
     expect_scan(area, found, Scan(regions(area, pages, ACCESSED), area.range.end), when)
+
+
+def rewrite(area: Area, page: int) -> None:
+    """Store in the first bytes of a page what the area's pattern has there.
+
+    It changes nothing, and is a write alone: of the access that touch() makes, an emulator may make a read at first.
+    """
+    poke(area.page(page).start, area.pattern.head(page))
