@@ -284,7 +284,7 @@ SPINS = Defect(
     id="D-MV-32",
     summary="UFFDIO_MOVE of a part of a transparent huge page to which somebody has a reference, as by vmsplice(2), "
     "spins in the kernel until that is given back",
-    kernels="6.12.117; not 6.18.44",
+    kernels="6.12.117, 6.18.15; not 6.18.44",
     advice="Use MADV_NOHUGEPAGE on a source of which pages may be spliced.",
     shows=r"UFFDIO_MOVE did not return before the page was given back",
 )
