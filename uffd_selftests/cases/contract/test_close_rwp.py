@@ -125,7 +125,7 @@ STALE = Defect(
     summary="a child whose FORK event was dropped, because its monitor closed the handle, is not registered, and its "
     "pages carry the marks of protection all the same: when it registers them itself it is trapped where it "
     "protected nothing",
-    kernels="6.12.117, 6.18.44, 7.3.4",
+    kernels="6.1.192, 6.12.117, 6.18.15, 7.3.4",
     advice="Read FORK events for as long as the monitored process lives; in the child, un-protect what you register.",
     shows=r"in the child: expected PM_UFFD_WP in pagemap on exactly these pages: none",
 )

@@ -173,7 +173,7 @@ LOST = Defect(
     id="D-EV-43",
     summary="a registered mapping that moves beside another one of the same handle and modes, without "
     "UFFD_FEATURE_EVENT_REMAP, takes the other one's registration away",
-    kernels="6.12.117, 6.18.44; not 7.3.4",
+    kernels="6.1.192, 6.12.117, 6.18.44; not 7.3.4",
     advice="Enable UFFD_FEATURE_EVENT_REMAP, or register again what lies beside memory that was moved.",
     shows=r"EV-43: modes in which .* is registered, by part",
 )
