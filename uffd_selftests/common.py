@@ -33,6 +33,7 @@ from uffd_selftests.toolkit.iouring import *
 from uffd_selftests.toolkit.kinds import *
 from uffd_selftests.toolkit.memory import *
 from uffd_selftests.toolkit.messages import *
+from uffd_selftests.toolkit.mixtures import *
 from uffd_selftests.toolkit.pagemap import *
 from uffd_selftests.toolkit.pins import *
 from uffd_selftests.toolkit.privileges import *

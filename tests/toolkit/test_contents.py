@@ -34,3 +34,11 @@ def test_contents_are_compared_to_the_last_byte() -> None:
             ctx.dst.expect_zero()
         with pytest.raises(ContentError, match="byte 0x0: expected 0x02, got 0x00"):
             expect_bytes(ctx.dst.range, 2)
+
+
+def test_the_head_of_a_page_is_what_it_begins_with() -> None:
+    """A pattern tells the first bytes of a page without the page."""
+    with Context(SHMEM, nr_pages=3) as ctx:
+        ctx.dst.fill()
+        for page in range(3):
+            assert ctx.dst.pattern.head(page, 20) == peek(ctx.dst.page(page).start, 20)

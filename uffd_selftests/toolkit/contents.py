@@ -52,6 +52,12 @@ class Pattern:
         """Write pages ``first`` to ``first + count - 1`` of an area whose page 0 is at ``address``."""
         lib.uffd_fill(address, self._native(), first, count)
 
+    def head(self, page: int, length: int = 8) -> bytes:
+        """Return the first bytes that this page has."""
+        copy = ffi.new("char[]", self.page_size)
+        self.fill(int(ffi.cast("uintptr_t", copy)) - page * self.page_size, page, 1)
+        return bytes(ffi.buffer(copy, length))
+
     def verify(self, address: int, first: int, count: int, *, write_back: bool = False, what: str = "area") -> None:
         """Assert the contents of these pages to the last byte; then, if asked, write each first word back.
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 from uffd_selftests.abi.errors import KernelError, errno_name
-from uffd_selftests.abi.uapi import Feature, RegisterMode
+from uffd_selftests.abi.uapi import Feature, PagefaultFlag, RegisterMode
 from uffd_selftests.mem_types import ANON
 from uffd_selftests.toolkit.access import AccessError, peek
 from uffd_selftests.toolkit.contents import expect_same
@@ -19,7 +20,7 @@ from uffd_selftests.toolkit.handle import MINOR, MISSING, WP, Uffd
 from uffd_selftests.toolkit.handler import Action, FaultHandler
 from uffd_selftests.toolkit.memory import Range
 from uffd_selftests.toolkit.messages import Forked, Message, Remapped, Removed, Unmapped
-from uffd_selftests.toolkit.processes import Child, ChildError
+from uffd_selftests.toolkit.processes import Channel, Child, ChildError
 from uffd_selftests.toolkit.threads import Waiter
 
 __all__ = [
@@ -35,6 +36,8 @@ __all__ = [
     "announced",
     "await_child_event",
     "read_fork",
+    "forked_child",
+    "await_fault",
     "recorder",
     "outcome",
     "expect_killed",
@@ -110,6 +113,46 @@ def read_fork(uffd: Uffd) -> Uffd:
     if not isinstance(message, Forked):
         raise AssertionError(f"expected UFFD_EVENT_FORK, got {message}")
     return Uffd(message.ufd, uffd.features)
+
+
+@contextmanager
+def forked_child(
+    ctx: Context, life: Callable[[Channel], object], uffd: Uffd | None = None
+) -> Iterator[tuple[Child, Uffd]]:
+    """Fork this process, which is announced to the handle; the block has the child and its handle.
+
+    ``life`` begins when the message has been read. At the end of the block the child must come to its end, without a
+    further message to either handle.
+    """
+    uffd = uffd or ctx.uffd
+
+    def later(channel: Channel) -> None:
+        channel.receive()
+        life(channel)
+
+    with ExitStack() as stack:
+        with recorder(ctx, uffd) as reader:
+            child = stack.enter_context(Child(later))
+            eventually(lambda: bool(reader.stats.logged and reader.children), "UFFD_EVENT_FORK")
+            expect([type(message) for message in reader.messages], [Forked], "messages of the fork")
+            [theirs] = reader.children
+            child_uffd = stack.enter_context(Uffd(os.dup(theirs.fd), uffd.features))
+        child.send()
+        yield child, child_uffd
+        child.expect_end(uffd, child_uffd)
+
+
+def await_fault(uffd: Uffd, child: Child, where: Range | int, flags: PagefaultFlag = PagefaultFlag(0)) -> None:
+    """Wait for a fault of a child process, and read it: the only one, with these flags.
+
+    ChildError, with its own words, when the child fails instead.
+    """
+    eventually(lambda: child.ended or uffd.readable(), f"a fault with flags {flags}, or the end of the child process")
+    if child.ended:
+        child.wait()
+        raise AssertionError(f"expected a fault with flags {flags}; the child process ended without")
+    uffd.wait_fault(where, flags)
+    uffd.expect_still_asleep(1)
 
 
 def recorder(ctx: Context, uffd: Uffd) -> FaultHandler:

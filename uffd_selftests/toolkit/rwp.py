@@ -36,6 +36,7 @@ __all__ = [
     "page_frames",
     "put_back",
     "fill_otherwise",
+    "rewrite",
 ]
 
 SYNC_RWP = Feature.RWP
@@ -137,3 +138,11 @@ def put_back(area: Area, *pages: int) -> None:
 def fill_otherwise(area: Area) -> None:
     """Fill an area with other bytes than fill() does: what comes from there is not taken for what was there."""
     replace(area.pattern, flipped=True).fill(area.start, 0, area.nr_pages)
+
+
+def rewrite(area: Area, page: int) -> None:
+    """Store in the first bytes of a page what the area's pattern has there.
+
+    It changes nothing, and is a write alone: of the access that touch() makes, an emulator may make a read at first.
+    """
+    poke(area.page(page).start, area.pattern.head(page))
