@@ -13,7 +13,7 @@ from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
     ANON, CACHED, FILE_BACKED, HUGETLB, HUGETLB_PRIVATE, MINOR, MINOR_FAULTS, MISSING, PAGE_SIZE, SHMEM, SHMEM_PRIVATE,
     UNTOUCHED, Context, ContinueMode, Feature, PagefaultFlag, Pagemap, Range, UffdError, bad_ranges, cached, expect,
-    expect_failed, expect_mapped, faulting, held_up, orphaned, peek, poke, promise, read_only, refuses, uapi,
+    expect_failed, expect_mapped, faulting, held_up, mended, orphaned, peek, poke, promise, read_only, refuses, uapi,
     undisturbed, unmap, unread_event,
 )  # fmt: skip
 
@@ -267,7 +267,7 @@ def test_continue_hugetlb_part(ctx: Context) -> None:
 D_BEYOND_EOF = Defect(
     id="D-CT-08",
     summary="UFFDIO_CONTINUE of shmem beyond the end of the file says EINVAL, like to a bad argument",
-    kernels="6.1.192, 6.12.117, 6.18.44",
+    kernels="6.1.192, 6.12.117, 6.18.44; not 7.3.4",
     advice="Where the file may be truncated meanwhile, take EINVAL of UFFDIO_CONTINUE like EFAULT.",
     shows=r"expected EFAULT .*: EINVAL with mapped = -EINVAL",
 )
@@ -290,7 +290,7 @@ def continue_beyond_eof(ctx: Context) -> None:
 )
 def test_continue_beyond_eof(ctx: Context) -> None:
     """UFFDIO_CONTINUE says EFAULT beyond the end of the file, where the page cache has no page."""
-    with promise("CT-08"), refuses(EFAULT):
+    with mended(ctx.uffd), promise("CT-08"), refuses(EFAULT):
         continue_beyond_eof(ctx)
 
 

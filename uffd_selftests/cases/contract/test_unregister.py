@@ -230,6 +230,7 @@ def test_unregister_foreign(ctx: Context) -> None:
             with faulting(owner, ctx.dst.start):
                 owner.copy(ctx.dst.start, ctx.src.start, ctx.page_size)
         else:
+            expect(Feature.RWP in ctx.uffd.offered, False, "success on a kernel with UFFD_FEATURE_RWP, as of Linux 7.3")
             expect_modes(ctx.dst.range, UNREGISTERED, UNREGISTERED)
             undisturbed(owner, lambda: ctx.dst.expect_zero(0, 1))
 
