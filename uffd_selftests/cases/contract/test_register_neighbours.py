@@ -185,7 +185,7 @@ def test_neighbours_mprotect(ctx: Context) -> None:
         row.expect_kept()
 
 
-@uffd_case("neighbours-madvise", mem=ALL, features=WRITEPROTECT, pages=3, rows=("REG-36",), kind=Kind.DETAIL)
+@uffd_case("neighbours-madvise", mem=NOT_HUGETLB, features=WRITEPROTECT, pages=3, rows=("REG-36",), kind=Kind.DETAIL)
 def test_neighbours_madvise(ctx: Context) -> None:
     """Advice that cuts a mapping off and joins it again changes no registration."""
     for row in each(ctx, "REG-36"):
@@ -238,7 +238,7 @@ def test_neighbours_registered(ctx: Context) -> None:
     kind=Kind.DETAIL,
 )
 def test_neighbours_moved_away(ctx: Context) -> None:
-    """A mapping moved away and back without its event is free then, without a mark, and those beside it stay as ever."""
+    """A mapping moved away and back without its event is free then, without a mark; those beside it stay as ever."""
     for row in each(ctx, "EV-24"):
         place = ctx.allocate(row.parts[1].count)
         remap(row.middle, to=place.start)
