@@ -135,7 +135,7 @@ def test_register_forbids_seal() -> None:
 SYSV = Defect(
     id="D-REG-12",
     summary="System V shared memory cannot be registered, though the documents list it",
-    kernels="6.1.192, 6.12.117, 6.18.44",
+    kernels="6.1.192, 6.12.117, 6.18.44, 7.3.4",
     advice="use memfd_create(2) or mmap(2) with MAP_SHARED instead of shmat(2)",
     shows=r"UFFDIO_REGISTER\(.*\): EINVAL",
 )
@@ -247,7 +247,7 @@ def test_register_file_async_read_only() -> None:
 ASYNC_IOCTLS = Defect(
     id="D-REG-34",
     summary="for a file registered with UFFD_FEATURE_WP_ASYNC, COPY, ZEROPAGE, MOVE and POISON are offered but fail",
-    kernels="6.12.117, 6.18.44",
+    kernels="6.12.117, 6.18.44, 7.3.4",
     advice="use nothing but WAKE and WRITEPROTECT on memory that is neither anonymous nor shmem nor hugetlb",
     shows=r"ioctls offered that cannot work on a file: expected 0, got _UFFDIO_COPY",
 )

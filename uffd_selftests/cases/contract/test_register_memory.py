@@ -51,7 +51,7 @@ def test_register_anonymous_kinds(ctx: Context) -> None:
 DEV_ZERO = Defect(
     id="D-REG-18",
     summary="a private mapping of /dev/zero can be registered as MISSING, but COPY, ZEROPAGE and POISON say EFAULT",
-    kernels="6.12.117, 6.18.44; not 6.1.192",
+    kernels="6.12.117, 6.18.44, 7.3.4; not 6.1.192",
     advice="map anonymous memory with MAP_ANONYMOUS instead of /dev/zero",
     shows=r"UFFDIO_\w+\(.*\): EFAULT with \w+ = -EFAULT",
 )
