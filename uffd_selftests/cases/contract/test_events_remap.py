@@ -283,7 +283,9 @@ def test_remap_several(ctx: Context) -> None:
     expect_served(ctx, ctx.dst.page(0))
 
 
-@uffd_case("remap-several-later", mem=ALL, features=REMAP, pages=4, rows=("EV-27",), kind=Kind.VERSION)
+@uffd_case(
+    "remap-several-later", mem=ALL, features=REMAP, pages=4, spare_hugepages=2, rows=("EV-27",), kind=Kind.VERSION
+)
 def test_remap_several_later(ctx: Context) -> None:
     """An mremap of several mappings, of which a later one is registered, fails before that one, and announces nothing.
 
