@@ -291,7 +291,7 @@ SAME_OFFSET = Defect(
     id="D-CP-54",
     summary="UFFDIO_COPY that waits for its source does not notice that another part of the same file is mapped at its "
     "place, if the new mapping begins where in the file the old one began: the data go to the wrong page of the file",
-    kernels="6.12.117, 6.18.44, 7.3.4 (before 7.1 of any part and any file)",
+    kernels="6.1.192, 6.12.117, 6.18.44, 7.3.4 (before 7.1 of any part and any file)",
     advice="do not map anything over a range while a copy to it is under way",
     shows=r"the page alone, the file's first page: expected EAGAIN, got success",
 )
