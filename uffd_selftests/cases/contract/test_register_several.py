@@ -133,7 +133,7 @@ def test_register_cuts_both_ends(ctx: Context) -> None:
         for number in (0, 1, 2, 5):
             expect_served(ctx, area.page(number))
         undisturbed(ctx.uffd, partial(area.expect_zero, 6, 2))
-        for first, count in ((2, 1), (5, 1), (6, 2)):  # before Linux 6.4, each within one mapping
+        for first, count in ((2, 1), (5, 1), (6, 2)):  # Linux 6.1 wants each within one mapping
             ctx.uffd.writeprotect(area.page(first, count))
         Pagemap.expect_protected(area, (2, 5, 6, 7), "after UFFDIO_WRITEPROTECT")
     with promise("REG-36", "UFFDIO_UNREGISTER"):
