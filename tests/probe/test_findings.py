@@ -65,6 +65,45 @@ def test_questions_are_answered(found: Report) -> None:
     assert answers.get("scan-categories", "up to PAGE_IS_GUARD").startswith("up to PAGE_IS_")
 
 
+KNOWN = {
+    "unregister-foreign": {"succeeds", "EINVAL"},
+    "register-droppable": {"succeeds", "EINVAL"},
+    "register-sysv-hugetlb": {"succeeds", "EINVAL"},
+    "copy-onto-guard": {"succeeds", "EEXIST with copy = -EEXIST"},
+    "copy-beyond-end": {f"{errno} with copy = -{errno}" for errno in ("EFAULT", "ENOMEM")},
+    "continue-beyond-end": {f"{errno} with mapped = -{errno}" for errno in ("EFAULT", "EINVAL")},
+    "copy-overtaken": {"goes to what is mapped there now", "EAGAIN with copy = -EAGAIN"},
+    "remap-several": {"EFAULT, moves none", "EFAULT, moves those before the registered one"},
+    "remap-shrunk": {"the original one", "the new one"},
+    "moved-beside": {"stays registered", "loses its registration"},
+    "process-madvise": {"EINVAL", "drops them, with 1 UFFD_EVENT_REMOVE"},
+}
+"""The answers of kernels up to Linux 7.3 to what is asked since."""
+
+
+@needs_userfaultfd
+def test_changes_of_linux_7_3_are_asked(found: Report) -> None:
+    """What Linux 7.3 does otherwise than 6.12 is told, where it can be asked, with an answer that is known."""
+    outcomes = found.findings.behaviour
+    assert set(outcomes) >= set(KNOWN)
+    for key, answers in KNOWN.items():
+        assert outcomes[key].answer in (Answer.WORKS, Answer.UNTESTED, Answer.REFUSED), (key, outcomes[key])
+        assert not outcomes[key].works or outcomes[key].detail in answers, (key, outcomes[key])
+    assert outcomes["unregister-foreign"].works
+    assert outcomes["moved-beside"].works
+
+
+@needs_userfaultfd
+def test_kernel_with_rwp_is_a_new_one(found: Report) -> None:
+    """UFFD_FEATURE_RWP came with Linux 7.3: where it is offered no answer is an older kernel's."""
+    if Feature.RWP not in found.findings.facts.features:
+        pytest.skip("no UFFD_FEATURE_RWP here")
+    answers = {key: outcome.detail for key, outcome in found.findings.behaviour.items() if outcome.works}
+    assert answers["unregister-foreign"] == "EINVAL"
+    assert answers["moved-beside"] == "stays registered"
+    assert answers["register-without-wp"] == "EBUSY"
+
+
 def hang(_: Stage) -> None:
     """Sleep for good."""
     while True:

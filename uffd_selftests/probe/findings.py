@@ -18,7 +18,8 @@ from uffd_selftests.machine.facts import THP, Facts, probe
 from uffd_selftests.machine.hugepages import HugepageCounts, HugepagePool, hugepages
 from uffd_selftests.machine.requirements import no_userfaultfd
 from uffd_selftests.mem_types import ALL, ANON, MemType
-from uffd_selftests.probe.trials import BY_MEMORY, OF_HANDLE, QUESTIONS, Stage, Trial
+from uffd_selftests.probe.questions import QUESTIONS
+from uffd_selftests.probe.trials import BY_MEMORY, OF_HANDLE, Stage, Trial
 from uffd_selftests.toolkit.access import AccessError
 from uffd_selftests.toolkit.expectations import DEADLINE, Skip
 from uffd_selftests.toolkit.handle import DEFAULT_FLAGS, Uffd

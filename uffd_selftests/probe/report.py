@@ -18,8 +18,9 @@ from uffd_selftests.probe.access import SYSCTL, doors
 from uffd_selftests.probe.config import Configuration
 from uffd_selftests.probe.consumers import Judgement
 from uffd_selftests.probe.findings import Answer, Column, FeatureFinding, Findings, Outcome
+from uffd_selftests.probe.questions import QUESTIONS
 from uffd_selftests.probe.suite import Prospect
-from uffd_selftests.probe.trials import BY_MEMORY, QUESTIONS
+from uffd_selftests.probe.trials import BY_MEMORY
 
 FORMAT = 1
 """Raised when a key of the JSON changes its meaning or goes away; new keys leave it alone."""

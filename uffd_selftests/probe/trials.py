@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from errno import EINVAL
 from functools import partial
 
 from uffd_selftests.abi import syscalls
@@ -28,14 +27,13 @@ from uffd_selftests.mem_types import MemType
 from uffd_selftests.toolkit.access import peek, poke, touch_trapped
 from uffd_selftests.toolkit.context import Context
 from uffd_selftests.toolkit.expectations import expect
-from uffd_selftests.toolkit.faulting import faulting, unread_event
+from uffd_selftests.toolkit.faulting import faulting
 from uffd_selftests.toolkit.handle import MINOR, MISSING, RWP, WP, Uffd
 from uffd_selftests.toolkit.handler import FaultHandler
 from uffd_selftests.toolkit.memory import Advice, advise, remap, unmap
 from uffd_selftests.toolkit.messages import Fault
 from uffd_selftests.toolkit.pagemap import Pagemap
 from uffd_selftests.toolkit.processes import Child
-from uffd_selftests.toolkit.refusals import UffdError
 
 WP_FAULT = PagefaultFlag.WRITE | PagefaultFlag.WP
 WP_ASYNC = Feature.WP_ASYNC | Feature.WP_UNPOPULATED
@@ -295,148 +293,3 @@ OF_HANDLE = (
     Trial("RWP_ASYNC", rwp_async, mode=RWP, features=RWP_ASYNC),
 )
 """Tried on anonymous memory alone: they do not depend on it."""
-
-
-# ---- behaviour that differs between kernels -------------------------------------------------------------------------
-
-
-ACCEPTED = "succeeds"
-
-
-@dataclass(frozen=True)
-class Question:
-    """Something that kernels do differently, with no feature bit to tell by; asked on anonymous memory."""
-
-    key: str
-    text: str
-    trial: Trial
-    """Its body returns the answer."""
-
-
-def copy_onto_present(on: Stage) -> str:
-    """Fill a page that is there: two handlers that race expect EEXIST."""
-    on.resolve()
-    return _answer(on.resolve)
-
-
-def zeropage_with_unread_event(on: Stage) -> str:
-    """Before Linux 6.15 the output field was left alone, and could not be told from progress."""
-    with unread_event(on.uffd, on.dst.range):
-        return _answer(lambda: on.uffd.zeropage(on.dst.range))
-
-
-def wp_of_hole(on: Stage) -> str:
-    """Without WP_UNPOPULATED, protecting a page that is not there is no error, and has no effect."""
-    on.uffd.writeprotect(on.dst.range)
-    return "protects" if Pagemap.uffd_wp(on.dst.start) else "has no effect"
-
-
-def scan_of_dropped(on: Stage) -> str:
-    """Until July 2026, PAGEMAP_SCAN missed it when asked for more than PAGE_IS_WRITTEN."""
-    on.dst.fill()
-    on.uffd.writeprotect(on.dst.range)
-    advise(on.dst.range, Advice.DONTNEED)
-    returned = PageCategory.WRITTEN | PageCategory.PRESENT
-    found = Pagemap.scan(on.dst.range, PageCategory.WRITTEN, returned=returned).regions
-    return "counts as written" if found else "is missed"
-
-
-def scan_of_unwatched(on: Stage) -> str:
-    """Since Linux 7.3, PAGE_IS_WRITTEN is of memory registered for write protection alone."""
-    on.src.fill()
-    found = Pagemap.scan(on.src.range, PageCategory.WRITTEN).regions
-    return "counts as written" if found else "does not count as written"
-
-
-def scan_of_hole(on: Stage) -> str:
-    """Since Linux 7.3, a hole counts as written there, whatever else is asked for; hugetlb's never do."""
-    returned = PageCategory.WRITTEN | PageCategory.PRESENT
-    found = Pagemap.scan(on.dst.range, PageCategory.WRITTEN, returned=returned).regions
-    return "counts as written" if found else "does not count as written"
-
-
-def scan_categories(on: Stage) -> str:
-    """PAGE_IS_GUARD came with Linux 6.15, PAGE_IS_ACCESSED with 7.3; others are EINVAL."""
-    known = []
-    for category in PageCategory:
-        try:
-            Pagemap.scan(on.dst.range, category)
-        except OSError as error:
-            if error.errno != EINVAL:
-                raise
-        else:
-            known.append(category)
-    return f"up to {max(known)}" if known else "none"
-
-
-def wp_after_move(on: Stage) -> str:
-    """UFFDIO_MOVE takes a page along, and loses its protection."""
-    on.src.fill()
-    on.uffd.register(on.src.range, WP)
-    on.uffd.writeprotect(on.src.range)
-    on.uffd.move(on.dst.start, on.src.start, on.page_size)
-    return "is kept" if Pagemap.uffd_wp(on.dst.start) else "is lost"
-
-
-def register_without_wp(on: Stage) -> str:
-    """Until Linux 7.3 this was accepted, and protected pages were left behind."""
-    on.dst.fill()
-    on.uffd.writeprotect(on.dst.range)
-    answer = _answer(lambda: on.uffd.register(on.dst.range, MISSING))
-    if answer == ACCEPTED:
-        answer += ", the page " + ("stays protected" if Pagemap.uffd_wp(on.dst.start) else "is not protected any more")
-    return answer
-
-
-def _answer(call: Callable[[], object]) -> str:
-    """Return what came of a call: the errno and the output field."""
-    try:
-        call()
-    except UffdError as error:
-        return str(error).rpartition("): ")[2]
-    return ACCEPTED
-
-
-QUESTIONS = (
-    Question("copy-onto-present", "UFFDIO_COPY onto a page that is there", Trial("COPY", copy_onto_present)),
-    Question(
-        "unread-event",
-        "UFFDIO_ZEROPAGE while an event is unread",
-        Trial("ZEROPAGE", zeropage_with_unread_event, features=Feature.EVENT_REMOVE),
-    ),
-    Question(
-        "wp-of-hole",
-        "write protection where no page is, without WP_UNPOPULATED",
-        Trial("WRITEPROTECT", wp_of_hole, mode=WP),
-    ),
-    Question(
-        "scan-of-dropped",
-        "a page dropped under WP_ASYNC, for PAGEMAP_SCAN",
-        Trial("WP_ASYNC", scan_of_dropped, mode=WP, features=WP_ASYNC),
-    ),
-    Question(
-        "scan-of-unwatched",
-        "a page that nobody watches, for PAGE_IS_WRITTEN",
-        Trial("PAGEMAP_SCAN", scan_of_unwatched, features=Feature.WP_ASYNC),
-    ),
-    Question(
-        "scan-of-hole",
-        "a hole in memory registered for WP, for PAGE_IS_WRITTEN",
-        Trial("PAGEMAP_SCAN", scan_of_hole, mode=WP, features=Feature.WP_ASYNC),
-    ),
-    Question(
-        "scan-categories",
-        "the categories of PAGEMAP_SCAN",
-        Trial("PAGEMAP_SCAN", scan_categories, features=Feature.WP_ASYNC),
-    ),
-    Question(
-        "wp-after-move",
-        "the write protection of a page, after UFFDIO_MOVE",
-        Trial("MOVE", wp_after_move, mode=MISSING | WP),
-    ),
-    Question(
-        "register-without-wp",
-        "UFFDIO_REGISTER without WP, where WP was",
-        Trial("WRITEPROTECT", register_without_wp, mode=WP),
-    ),
-)

@@ -12,7 +12,7 @@ from enum import Enum
 
 from uffd_selftests.abi.errors import errno_name
 
-__all__ = ["DEADLINE", "Skip", "expect", "expect_errno", "promise", "fails", "eventually"]
+__all__ = ["DEADLINE", "Skip", "Unexplained", "expect", "expect_errno", "promise", "fails", "eventually"]
 
 
 DEADLINE = 10.0 * float(os.environ.get("UFFD_DEADLINE_SCALE") or 1)
@@ -21,6 +21,13 @@ DEADLINE = 10.0 * float(os.environ.get("UFFD_DEADLINE_SCALE") or 1)
 
 class Skip(Exception):
     """Something the case needs is missing; the text is the reason, with the remedy."""
+
+
+class Unexplained(AssertionError):
+    """A failure that reads like a known defect, on a kernel that is known not to have it any more: see mended()."""
+
+    unexplained = True
+    """No defect explains it (Defect.explains)."""
 
 
 def expect(observed: object, expected: object, what: str) -> None:

@@ -7,16 +7,16 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from typing import TypeVar, cast
 
-from uffd_selftests.abi.uapi import PM_PRESENT, PagefaultFlag, RegisterMode
-from uffd_selftests.mem_types import Area
+from uffd_selftests.abi.uapi import PM_PRESENT, CopyMode, Feature, PagefaultFlag, RegisterMode
+from uffd_selftests.mem_types import ANON, Area
 from uffd_selftests.toolkit.access import Trap, peek, poke, touch, touch_trapped
 from uffd_selftests.toolkit.context import Context
 from uffd_selftests.toolkit.expectations import DEADLINE, eventually, expect, promise
-from uffd_selftests.toolkit.handle import Uffd
+from uffd_selftests.toolkit.handle import KERNEL_FAULTS, Uffd
 from uffd_selftests.toolkit.memory import (
     MAP_ANONYMOUS,
     MAP_NORESERVE,
@@ -49,6 +49,7 @@ __all__ = [
     "expect_free",
     "mend",
     "unread_event",
+    "copy_held",
 ]
 
 
@@ -210,3 +211,36 @@ def unread_event(uffd: Uffd, where: Range) -> Iterator[None]:
             raise AssertionError(f"expected UFFD_EVENT_REMOVE; nothing came within {DEADLINE:g} seconds")
         yield
         expect(uffd.read(), [Removed(where.start, where.end)], "the event")
+
+
+@contextmanager
+def copy_held(
+    uffd: Uffd,
+    dst: int,
+    data: Range,
+    *,
+    at: int = 0,
+    mode: CopyMode = CopyMode(0),
+    outcome: AbstractContextManager[object] | None = None,
+) -> Iterator[None]:
+    """Have a thread copy ``data`` to ``dst``; the block runs while it sleeps: ``at`` bytes of the source are there.
+
+    At the end of the block the rest of the source comes, and the copy goes on; then its ``outcome`` is judged.
+    """
+
+    def call() -> None:
+        with outcome or nullcontext():
+            uffd.copy(dst, source.start, data.len, mode)
+
+    with closing(ANON.allocate(data.len // PAGE_SIZE)) as source, Uffd.open(Feature(0), KERNEL_FAULTS) as monitor:
+        monitor.register(source.range, RegisterMode.MISSING)
+        if at:
+            monitor.copy(source.start, data.start, at)
+        with Waiter(call) as waiter:
+            eventually(lambda: waiter.done or monitor.readable(), "the copy to wait for its source")
+            if waiter.done:
+                waiter.result()
+                raise AssertionError("expected the copy to wait for its source; it has returned")
+            monitor.wait_fault(source.start + at)
+            yield
+            monitor.copy(source.start + at, data.start + at, data.len - at)

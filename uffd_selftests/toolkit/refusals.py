@@ -11,7 +11,7 @@ from uffd_selftests.abi.errors import KernelError, errno_name
 from uffd_selftests.toolkit.expectations import expect
 from uffd_selftests.toolkit.memory import PAGE_SIZE, Range
 
-__all__ = ["UNTOUCHED", "UffdError", "output_text", "refuses", "held_up", "expect_failed", "bad_ranges"]
+__all__ = ["UNTOUCHED", "UffdError", "output_text", "refuses", "may_refuse", "held_up", "expect_failed", "bad_ranges"]
 
 
 UNTOUCHED = -0x5EED_0BAD_CAFE
@@ -55,6 +55,16 @@ def refuses(number: int, *, output: int | None = None, or_untouched: bool = Fals
             raise AssertionError(f"expected {text}; got {error}") from None
     else:
         raise AssertionError(f"expected {errno_name(number)}; the call succeeded")
+
+
+@contextmanager
+def may_refuse(*numbers: int) -> Iterator[None]:
+    """Let the fill in the block succeed, or fail without progress with one of these errnos."""
+    try:
+        yield
+    except UffdError as error:
+        if error.errno not in numbers or error.output != -error.errno:
+            raise AssertionError(f"expected success or {' or '.join(map(errno_name, numbers))}; got {error}") from None
 
 
 def held_up() -> AbstractContextManager[None]:

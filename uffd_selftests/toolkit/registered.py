@@ -26,7 +26,7 @@ from uffd_selftests.toolkit.memory import (
 )
 from uffd_selftests.toolkit.smaps import smaps_fields
 
-__all__ = ["UNREGISTERED", "registered_for_wp", "expect_modes", "expect_mappings", "no_mapping_left"]
+__all__ = ["UNREGISTERED", "registered_for_wp", "in_modes", "expect_modes", "expect_mappings", "no_mapping_left"]
 
 
 UNREGISTERED = RegisterMode(0)
@@ -49,6 +49,14 @@ def _mappings(where: Range, pid: int | str = "self") -> list[tuple[Range, Regist
 def registered_for_wp(where: Range) -> bool:
     """Whether /proc/self/smaps shows any mapping in the range as registered for write protection."""
     return any("uw" in fields["VmFlags"].split() for fields in smaps_fields(where))
+
+
+def in_modes(where: Range, pid: int | str = "self") -> RegisterMode:
+    """Return the modes in which memory is registered, with whichever handle; AssertionError unless all of it alike."""
+    modes = {mode for _, mode in _mappings(where, pid)}
+    if len(modes) != 1:
+        raise AssertionError(f"{where}: expected one set of modes, got {sorted(map(str, modes))}")
+    return modes.pop()
 
 
 def expect_modes(where: Range, *modes: RegisterMode, pid: int | str = "self") -> None:

@@ -10,6 +10,7 @@ from uffd_selftests.abi import syscalls
 from uffd_selftests.abi.errors import KernelError
 from uffd_selftests.toolkit.expectations import Skip
 from uffd_selftests.toolkit.memory import Range
+from uffd_selftests.toolkit.threads import waiting_threads
 
 __all__ = ["IPC_CREAT", "IPC_RMID", "SHM_HUGETLB", "sysv_segment"]
 
@@ -18,7 +19,7 @@ IPC_CREAT, IPC_RMID, SHM_HUGETLB = 0o1000, 0, 0o4000
 
 @contextmanager
 def sysv_segment(length: int, flags: int = 0) -> Iterator[Range]:
-    """Attach a new System V shared memory segment; Skip where there can be none."""
+    """Have a new System V shared memory segment attached; Skip where there can be none."""
     try:
         key = syscalls.call("shmget", 0, length, IPC_CREAT | 0o600 | flags)
     except KernelError as error:
@@ -27,5 +28,8 @@ def sysv_segment(length: int, flags: int = 0) -> Iterator[Range]:
         start = syscalls.call("shmat", key, 0, 0)
     finally:
         syscalls.call("shmctl", key, IPC_RMID, 0)
-    yield Range(start, length)
-    syscalls.call("shmdt", start)
+    try:
+        yield Range(start, length)
+    finally:
+        if not any(thread.is_alive() for thread in waiting_threads):  # else one may sleep there, as its case has failed
+            syscalls.call("shmdt", start)

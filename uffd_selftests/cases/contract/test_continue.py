@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from errno import EAGAIN, EEXIST, EFAULT, EINVAL, ENOENT, ESRCH
+from signal import SIGSEGV
 
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
     ANON, CACHED, FILE_BACKED, HUGETLB, HUGETLB_PRIVATE, MINOR, MINOR_FAULTS, MISSING, PAGE_SIZE, SHMEM, SHMEM_PRIVATE,
-    UNTOUCHED, Context, ContinueMode, Feature, PagefaultFlag, Pagemap, Range, UffdError, bad_ranges, cached, expect,
-    expect_failed, expect_mapped, faulting, held_up, orphaned, peek, poke, promise, read_only, refuses, uapi,
-    undisturbed, unmap, unread_event,
+    UNTOUCHED, Advice, Context, ContinueMode, Feature, KernelError, PagefaultFlag, Pagemap, Range, Skip, UffdError,
+    advise, bad_ranges, cached, errno_name, expect, expect_failed, expect_mapped, faulting, held_up, mended, orphaned,
+    peek, poke, promise, read_only, refuses, touch_trapped, uapi, undisturbed, unmap, unread_event,
 )  # fmt: skip
 
 HOLE = PagefaultFlag(0)
@@ -267,7 +268,7 @@ def test_continue_hugetlb_part(ctx: Context) -> None:
 D_BEYOND_EOF = Defect(
     id="D-CT-08",
     summary="UFFDIO_CONTINUE of shmem beyond the end of the file says EINVAL, like to a bad argument",
-    kernels="6.1.192, 6.12.117, 6.18.44",
+    kernels="6.1.192, 6.12.117, 6.18.44; not 7.3.4",
     advice="Where the file may be truncated meanwhile, take EINVAL of UFFDIO_CONTINUE like EFAULT.",
     shows=r"expected EFAULT .*: EINVAL with mapped = -EINVAL",
 )
@@ -290,7 +291,7 @@ def continue_beyond_eof(ctx: Context) -> None:
 )
 def test_continue_beyond_eof(ctx: Context) -> None:
     """UFFDIO_CONTINUE says EFAULT beyond the end of the file, where the page cache has no page."""
-    with promise("CT-08"), refuses(EFAULT):
+    with mended(ctx.uffd), promise("CT-08"), refuses(EFAULT):
         continue_beyond_eof(ctx)
 
 
@@ -369,3 +370,31 @@ def test_continue_orphaned(ctx: Context) -> None:
     """UFFDIO_CONTINUE says ESRCH when the address space is gone."""
     with orphaned(ctx.dst.range, MINOR) as uffd, promise("CT-22"), refuses(ESRCH, output=UNTOUCHED):
         uffd.continue_(ctx.dst.page(0))
+
+
+@uffd_case(
+    "continue-onto-guard", mem=(SHMEM,), features=MINOR_FAULTS, pages=3, rows=("CT-04", "CP-48"), kind=Kind.VERSION
+)
+def test_continue_onto_guard(ctx: Context) -> None:
+    """A guard page holds against UFFDIO_CONTINUE, EEXIST, and the pages beside it can be mapped.
+
+    Older kernels may overwrite it; those that offer UFFD_FEATURE_RWP must not.
+    """
+    with cached(ctx), promise("CT-04"):
+        try:
+            advise(ctx.dst.page(1), Advice.GUARD_INSTALL)
+        except KernelError as error:
+            raise Skip(f"MADV_GUARD_INSTALL: {errno_name(error.errno or 0)} (Linux 6.15)") from None
+        try:
+            ctx.uffd.continue_(ctx.dst.page(1))
+        except UffdError as error:
+            expect_failed(error, EEXIST)
+            (trap,) = touch_trapped(ctx.dst.page(1), ctx.page_size)
+            expect(trap and trap.signo, SIGSEGV, "the signal of an access to the guard page")
+            kept: tuple[int, ...] = (0, 2)
+        else:
+            expect(Feature.RWP in ctx.uffd.offered, False, "success on a kernel with UFFD_FEATURE_RWP, as of Linux 7.3")
+            kept = (0, 1, 2)
+        for page in (0, 2):
+            ctx.uffd.continue_(ctx.dst.page(page))
+        expect_mapped(ctx, *kept)

@@ -8,8 +8,7 @@ stay there for as long as a case likes, the source is a missing page of another 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from errno import EAGAIN, EEXIST, EINVAL, ENOENT, ENOMEM
 from functools import partial
 
@@ -17,55 +16,12 @@ from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
     ALL, ANON, DEADLINE, HUGETLB, HUGETLB_PRIVATE, KERNEL_FAULTS, MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE,
     MAP_SHARED, MISSING, NOT_HUGETLB, PAGE_SIZE, PM_PRESENT, PROT_NONE, PROT_READ, SHMEM, WP, Advice, Context, CopyMode,
-    Feature, MemType, Pagemap, Range, Removed, Skip, Uffd, UffdError, Waiter, advise, default_hugepage_size, errno_name,
-    eventually, expect, expect_same, faulting_pages, free_bytes, held_up, hugepage_sizes, limited_file, map_memory,
-    mapped, peek, poke, promise, protect, refuses, stored_bytes, unmap,
+    Feature, MemType, Pagemap, Range, Removed, Skip, Uffd, Waiter, advise, copy_held, default_hugepage_size, expect,
+    expect_same, faulting_pages, free_bytes, held_up, hugepage_sizes, limited_file, map_memory, mapped, may_refuse,
+    peek, poke, promise, protect, refuses, stored_bytes, unmap,
 )  # fmt: skip
 
 HUGEPAGE = default_hugepage_size()
-
-
-@contextmanager
-def copy_held(
-    uffd: Uffd,
-    dst: int,
-    data: Range,
-    *,
-    at: int = 0,
-    mode: CopyMode = CopyMode(0),
-    outcome: AbstractContextManager[object] | None = None,
-) -> Iterator[None]:
-    """Have a thread copy ``data`` to ``dst``; the block runs while it sleeps: ``at`` bytes of the source are there.
-
-    At the end of the block the rest of the source comes, and the copy goes on; then its ``outcome`` is judged.
-    """
-
-    def call() -> None:
-        with outcome or nullcontext():
-            uffd.copy(dst, source.start, data.len, mode)
-
-    with closing(ANON.allocate(data.len // PAGE_SIZE)) as source, Uffd.open(Feature(0), KERNEL_FAULTS) as monitor:
-        monitor.register(source.range, MISSING)
-        if at:
-            monitor.copy(source.start, data.start, at)
-        with Waiter(call) as waiter:
-            eventually(lambda: waiter.done or monitor.readable(), "the copy to wait for its source")
-            if waiter.done:
-                waiter.result()
-                raise AssertionError("expected the copy to wait for its source; it has returned")
-            monitor.wait_fault(source.start + at)
-            yield
-            monitor.copy(source.start + at, data.start + at, data.len - at)
-
-
-@contextmanager
-def may_refuse(*numbers: int) -> Iterator[None]:
-    """Let the fill in the block succeed, or fail without progress with one of these errnos."""
-    try:
-        yield
-    except UffdError as error:
-        if error.errno not in numbers or error.output != -error.errno:
-            raise AssertionError(f"expected success or {' or '.join(map(errno_name, numbers))}; got {error}") from None
 
 
 def page_held(

@@ -11,10 +11,10 @@ from functools import partial
 
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, MISSING, MREMAP_DONTUNMAP, MREMAP_FIXED, NOT_HUGETLB, PAGE_SIZE, REMAP, REMOVE, SHMEM, UNMAP,
-    UNREGISTERED, Context, Range, Remapped, Waiter, announced, await_event, expect, expect_contents, expect_modes,
-    expect_no_memory, expect_served, fails, modes_offered, moved, outcome, peek, promise, recorder, remap, take_event,
-    undisturbed, unmap, unmapped,
+    ALL, ANON, MISSING, MREMAP_DONTUNMAP, MREMAP_FIXED, NOT_HUGETLB, PAGE_SIZE, PROT_READ, REMAP, REMOVE, SHMEM,
+    SHMEM_PRIVATE, UNMAP, UNREGISTERED, Advice, Context, Feature, Range, Remapped, Waiter, advise, announced,
+    await_event, expect, expect_contents, expect_modes, expect_no_memory, expect_served, fails, modes_offered, moved,
+    outcome, peek, promise, protect, recorder, remap, smaps_fields, take_event, undisturbed, unmap, unmapped,
 )  # fmt: skip
 
 
@@ -281,3 +281,34 @@ def test_remap_several(ctx: Context) -> None:
         undisturbed(ctx.uffd, lambda: remap(ctx.dst.range, to=place.start))
     expect_modes(ctx.dst.range, MISSING, UNREGISTERED, MISSING)
     expect_served(ctx, ctx.dst.page(0))
+
+
+@uffd_case(
+    "remap-several-later", mem=ALL, features=REMAP, pages=4, spare_hugepages=2, rows=("EV-27",), kind=Kind.VERSION
+)
+def test_remap_several_later(ctx: Context) -> None:
+    """An mremap of several mappings, of which a later one is registered, fails before that one, and announces nothing.
+
+    Old kernels move none of them; since Linux 6.17 those in front of it are moved. Which it is, is tried; kernels that
+    offer UFFD_FEATURE_RWP must do the latter. The registered one, and what is behind it, stay where they are.
+    """
+    place, pages = ctx.allocate(), range(4)
+    ctx.dst.fill()
+    protect(ctx.dst.page(1), PROT_READ)
+    ctx.uffd.register(ctx.dst.page(2), MISSING)
+    with promise("EV-27"):
+        with fails(EFAULT):
+            undisturbed(ctx.uffd, lambda: remap(ctx.dst.range, to=place.start))
+        gone = [page for page in pages if not list(smaps_fields(ctx.dst.page(page)))]
+        allowed = ([0, 1],) if Feature.RWP in ctx.uffd.offered else ([0, 1], [])
+        expect(gone in allowed, True, f"the pages moved ({gone}) are those in front of the registered one, or none")
+        expect_modes(ctx.dst.page(2), MISSING)
+        expect_modes(ctx.dst.page(3), UNREGISTERED)
+        for page in pages:
+            here = (place if page in gone else ctx.dst).page(page)
+            if page in gone:
+                expect_modes(here, UNREGISTERED)
+            undisturbed(ctx.uffd, partial(expect_contents, ctx, here, first=page))
+        advise(ctx.dst.page(2), Advice.REMOVE if ctx.mem.shared else Advice.DONTNEED)
+        if ctx.mem is not SHMEM_PRIVATE:  # whose file has got a page by the write to the copy
+            expect_served(ctx, ctx.dst.page(2))

@@ -134,7 +134,7 @@ def test_move_huge_pinned(ctx: Context) -> None:
 D_PINNED_PART = Defect(
     id="D-MV-14",
     summary="UFFDIO_MOVE of a part of a pinned transparent huge page spins in the kernel until it is unpinned",
-    kernels="6.12.117; not 6.18.44",
+    kernels="6.12.117; not 6.18.44, 7.3.4",
     advice="Use MADV_NOHUGEPAGE on a source of which pages may be pinned.",
     shows=r"UFFDIO_MOVE did not return before the page was unpinned",
 )

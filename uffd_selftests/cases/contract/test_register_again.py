@@ -7,9 +7,9 @@ from errno import EBUSY
 
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, EACH_HUGETLB, MISSING, NOT_HUGETLB, UNREGISTERED, WP, WRITEPROTECT, Context, PagefaultFlag, Pagemap,
-    RangeIoctls, UffdError, Waiter, eventually, expect, expect_errno, expect_modes, faulting, poke, promise,
-    smaps_fields, undisturbed,
+    ALL, EACH_HUGETLB, MISSING, NOT_HUGETLB, UNREGISTERED, WP, WRITEPROTECT, Context, Feature, PagefaultFlag, Pagemap,
+    RangeIoctls, RegisterMode, UffdError, Waiter, eventually, expect, expect_errno, expect_modes, expect_served,
+    expect_trapped, faulting, in_modes, poke, promise, undisturbed,
 )  # fmt: skip
 
 
@@ -52,31 +52,79 @@ def test_register_wider(ctx: Context) -> None:
 NARROWER = Defect(
     id="D-REG-26",
     summary="registering a range again with fewer modes succeeds but leaves it in all of its modes",
-    kernels="6.1.192, 6.12.117, 6.18.44",
+    kernels="6.1.192, 6.12.117, 6.18.44, 7.3.4; since 7.3 only where WP stays, for to drop that is refused with EBUSY",
     advice="unregister the range first, then register it with the modes wanted",
-    shows=r"expected UFFDIO_REGISTER_MODE_MISSING, got UFFDIO_REGISTER_MODE_MISSING\|UFFDIO_REGISTER_MODE_WP",
+    shows=r"expected UFFDIO_REGISTER_MODE_(MISSING|WP), got UFFDIO_REGISTER_MODE_MISSING\|UFFDIO_REGISTER_MODE_WP",
 )
+
+
+def refused_to_drop(ctx: Context, mode: RegisterMode) -> bool:
+    """Register the area in a mode without the WP that it is registered for; whether the kernel refuses that: EBUSY.
+
+    Linux 7.3 and later do. They offer UFFD_FEATURE_RWP, where the processor allows it, and then must refuse; the
+    output field is left alone, and the area keeps its modes.
+    """
+    before = in_modes(ctx.dst.range)
+    try:
+        ctx.uffd.register(ctx.dst.range, mode)
+    except UffdError as error:
+        expect_errno(error, EBUSY, "errno of dropping WP by UFFDIO_REGISTER")
+        expect(in_modes(ctx.dst.range), before, "modes in which the area is registered, after EBUSY")
+        return True
+    expect(Feature.RWP in ctx.uffd.offered, False, "dropping WP succeeds on a kernel with UFFD_FEATURE_RWP")
+    return False
 
 
 @uffd_case("register-narrower", mem=ALL, features=WRITEPROTECT, pages=1, rows=("REG-26",), defect=NARROWER)
 def test_register_narrower(ctx: Context) -> None:
-    """After registering with fewer modes, a range has those modes only."""
+    """After registering with fewer modes a range has those modes only; since Linux 7.3 to drop WP so is EBUSY."""
     ctx.uffd.register(ctx.dst.range, MISSING | WP)
-    ctx.uffd.register(ctx.dst.range, MISSING)
     with promise("REG-26"):
-        expect_modes(ctx.dst.range, MISSING)
+        if not refused_to_drop(ctx, MISSING):
+            expect_modes(ctx.dst.range, MISSING)
 
 
-@uffd_case("register-narrower-mode", mem=ALL, features=WRITEPROTECT, pages=1, rows=("REG-26",), kind=Kind.DETAIL)
+@uffd_case("register-narrower-wp", mem=ALL, features=WRITEPROTECT, pages=1, rows=("REG-26",), defect=NARROWER)
+def test_register_narrower_wp(ctx: Context) -> None:
+    """After MISSING and WP were registered again as WP, missing pages are reported no more."""
+    ctx.uffd.register(ctx.dst.range, MISSING | WP)
+    ctx.uffd.register(ctx.dst.range, WP)
+    with promise("REG-26"):
+        expect_modes(ctx.dst.range, WP)
+
+
+@uffd_case("register-narrower-mode", mem=ALL, features=WRITEPROTECT, pages=3, rows=("REG-26",), kind=Kind.VERSION)
 def test_register_narrower_mode(ctx: Context) -> None:
-    """Registering with fewer modes leaves the range in the new or in the old modes and offers what the new ones do."""
-    alone = ctx.uffd.register(ctx.dst.range, MISSING)
+    """Fewer modes than before are refused, and nothing changes, or leave the old or the new ones, offering the new.
+
+    Without WP: EBUSY since Linux 7.3, told apart by trying. With WP kept: always success.
+    """
+    ctx.dst.fill(0, 1)
+    alone = {}
+    for mode in (MISSING, WP):
+        alone[mode] = ctx.uffd.register(ctx.dst.range, mode)
+        ctx.uffd.unregister(ctx.dst.range)
     ctx.uffd.register(ctx.dst.range, MISSING | WP)
-    with promise("REG-26"):
-        expect(ctx.uffd.register(ctx.dst.range, MISSING), alone, "ioctls offered")
-        kept = set(next(smaps_fields(ctx.dst.range))["VmFlags"].split()) & {"um", "uw", "ui"}
-        if kept not in ({"um"}, {"um", "uw"}):
-            raise AssertionError(f"expected um, with uw or without, in VmFlags of smaps; got {sorted(kept)}")
+    ctx.uffd.writeprotect(ctx.dst.page(0))
+    with promise("REG-26", "WP kept"):
+        expect(ctx.uffd.register(ctx.dst.range, WP), alone[WP], "ioctls offered")
+        expect(in_modes(ctx.dst.range) in (MISSING | WP, WP), True, "WP, with MISSING or without, in smaps")
+        Pagemap.expect_protected(ctx.dst, (0,), "after registering as WP")
+        expect_trapped(ctx.uffd, ctx.dst, 0)
+    ctx.uffd.register(ctx.dst.range, MISSING | WP)
+    ctx.uffd.writeprotect(ctx.dst.page(0))
+    with promise("REG-26", "WP dropped"):
+        if refused_to_drop(ctx, MISSING):
+            Pagemap.expect_protected(ctx.dst, (0,), "after EBUSY")
+            expect_trapped(ctx.uffd, ctx.dst, 0)
+            expect_served(ctx, ctx.dst.page(1))
+            ctx.uffd.unregister(ctx.dst.range)
+            expect(ctx.uffd.register(ctx.dst.range, MISSING), alone[MISSING], "ioctls offered after UFFDIO_UNREGISTER")
+            expect_modes(ctx.dst.range, MISSING, MISSING, MISSING)
+        else:
+            expect(in_modes(ctx.dst.range) in (MISSING, MISSING | WP), True, "MISSING, with WP or without, in smaps")
+            ctx.uffd.register(ctx.dst.range, MISSING | WP)
+            expect(ctx.uffd.register(ctx.dst.range, MISSING), alone[MISSING], "ioctls offered")
 
 
 @uffd_case("register-other-mode", mem=ALL, features=WRITEPROTECT, pages=2, rows=("REG-27",), kind=Kind.DETAIL)
@@ -97,21 +145,19 @@ def drop_wp(ctx: Context) -> bool:
     ctx.uffd.register(ctx.dst.range, WP)
     poke(ctx.dst.start, b"\1")
     ctx.uffd.writeprotect(ctx.dst.page(0))
-    try:
-        ctx.uffd.register(ctx.dst.range, MISSING)
-    except UffdError as error:
-        expect_errno(error, EBUSY, "REG-28: errno of dropping WP by UFFDIO_REGISTER")
-        expect_modes(ctx.dst.page(0), WP)
-        return False
-    expect_modes(ctx.dst.page(0), MISSING)
-    return True
+    with promise("REG-28"):
+        if refused_to_drop(ctx, MISSING):
+            Pagemap.expect_uffd_wp(ctx.dst.start, True, "after EBUSY")
+            return False
+        expect_modes(ctx.dst.page(0), MISSING)
+        return True
 
 
 STALE_WP = Defect(
     id="D-REG-28",
     summary="registering a WP range as MISSING leaves its pages marked as protected; nothing is reported any more: a "
     "write to such a page gets done, but on hugetlb it spins for ever in the fault",
-    kernels="6.1.192, 6.12.117, 6.18.44; said to be refused with EBUSY since 7.3",
+    kernels="6.1.192, 6.12.117, 6.18.44; not 7.3.4, which refuses it with EBUSY",
     advice="un-protect or unregister the range before registering it without WP",
     shows=r"expected PM_UFFD_WP clear in pagemap|again and again, without end: expected False, got True",
 )

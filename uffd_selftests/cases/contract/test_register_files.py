@@ -13,8 +13,8 @@ from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
     ANON, HUGETLB, MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, MINOR, MINOR_FAULTS, MISSING,
     PAGE_SIZE, PROT_READ, SHMEM, SHM_HUGETLB, UNREGISTERED, WP, WRITEPROTECT, Context, Feature, KernelError, Range,
-    RangeIoctls, Skip, Uffd, UffdError, errno_name, expect, expect_errno, expect_modes, fails, faulting, new_mapping,
-    plain_file, promise, refuses, syscalls, sysv_segment, unmap,
+    RangeIoctls, Skip, Uffd, UffdError, errno_name, expect, expect_errno, expect_modes, expect_same, fails, faulting,
+    new_mapping, plain_file, promise, refuses, syscalls, sysv_segment, unmap,
 )  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def test_register_forbids_seal() -> None:
 SYSV = Defect(
     id="D-REG-12",
     summary="System V shared memory cannot be registered, though the documents list it",
-    kernels="6.1.192, 6.12.117, 6.18.44",
+    kernels="6.1.192, 6.12.117, 6.18.44, 7.3.4",
     advice="use memfd_create(2) or mmap(2) with MAP_SHARED instead of shmat(2)",
     shows=r"UFFDIO_REGISTER\(.*\): EINVAL",
 )
@@ -168,14 +168,43 @@ def test_register_sysv_all_or_nothing() -> None:
         raise AssertionError(f"REG-12: expected success or EINVAL in every mode, got {', '.join(names)}")
 
 
-@uffd_case("register-sysv-hugetlb", mem=(HUGETLB,), pages=1, rows=("REG-12",))
+SYSV_HUGETLB = Defect(
+    id="D-REG-56",
+    summary="System V shared memory of huge pages cannot be registered any more",
+    kernels="7.2.12, 7.3.4; not 6.1.192, 6.12.117, 6.18.44 (since 7.1, when the mapping's type began to be asked)",
+    advice="use memfd_create(2) with MFD_HUGETLB, or MAP_HUGETLB, instead of shmget(2) with SHM_HUGETLB",
+    shows=r"UFFDIO_REGISTER\(.*\): EINVAL",
+)
+
+
+@uffd_case("register-sysv-hugetlb", mem=(HUGETLB,), pages=1, rows=("REG-12", "REG-56"), defect=SYSV_HUGETLB)
 def test_register_sysv_hugetlb(ctx: Context) -> None:
     """A System V segment of huge pages can be registered and filled."""
     ctx.src.fill()
-    with sysv_segment(ctx.page_size, SHM_HUGETLB) as where, promise("REG-12"):
+    with sysv_segment(ctx.page_size, SHM_HUGETLB) as where, promise("REG-12, REG-56"):
         ctx.uffd.register(where, MISSING)
         with faulting(ctx.uffd, where.start):
             ctx.uffd.copy(where.start, ctx.src.start, where.len)
+        expect_same(ctx.src.start, where.start, where.len)
+
+
+@uffd_case("register-sysv-hugetlb-refused", mem=(HUGETLB,), pages=1, rows=("REG-56",), kind=Kind.DETAIL)
+def test_register_sysv_hugetlb_refused(ctx: Context) -> None:
+    """A System V segment of huge pages is taken in every mode, or refused in every mode with EINVAL, unchanged."""
+    taken = set()
+    with sysv_segment(ctx.page_size, SHM_HUGETLB) as where, Uffd.open(WRITEPROTECT | MINOR_FAULTS) as uffd:
+        for mode in (MISSING, WP, MINOR, MISSING | WP):
+            try:
+                uffd.register(where, mode)
+            except UffdError as error:
+                expect_errno(error, EINVAL, f"REG-56, {mode}: errno")
+                expect_modes(where, UNREGISTERED)
+                taken.add(False)
+            else:
+                expect_modes(where, mode)
+                uffd.unregister(where)
+                taken.add(True)
+    expect(len(taken), 1, "REG-56: different answers, of success and EINVAL, by mode")
 
 
 @uffd_case("register-sysv-async", features=Feature.WP_ASYNC, rows=("REG-12", "REG-20"))
@@ -218,7 +247,7 @@ def test_register_file_async_read_only() -> None:
 ASYNC_IOCTLS = Defect(
     id="D-REG-34",
     summary="for a file registered with UFFD_FEATURE_WP_ASYNC, COPY, ZEROPAGE, MOVE and POISON are offered but fail",
-    kernels="6.12.117, 6.18.44",
+    kernels="6.12.117, 6.18.44, 7.3.4",
     advice="use nothing but WAKE and WRITEPROTECT on memory that is neither anonymous nor shmem nor hugetlb",
     shows=r"ioctls offered that cannot work on a file: expected 0, got _UFFDIO_COPY",
 )

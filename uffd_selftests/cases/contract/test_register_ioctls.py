@@ -64,7 +64,7 @@ def test_register_offers_hugetlb(ctx: Context) -> None:
 MOVE_ON_SHMEM = Defect(
     id="D-REG-30",
     summary="UFFDIO_MOVE is offered for shared memory, where it always fails with EINVAL",
-    kernels="6.12.117, 6.18.44",
+    kernels="6.12.117, 6.18.44, 7.3.4",
     advice="do not take the _UFFDIO_MOVE bit for a promise: use UFFDIO_MOVE on private anonymous memory only",
     shows=r"MOVE offered: expected False, got True",
 )

@@ -11,8 +11,8 @@ from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
     ANON, EACH_HUGETLB, HUGETLB, MAP_ANONYMOUS, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, MINOR, MINOR_FAULTS, MISSING,
     PAGE_SIZE, UNREGISTERED, WP, WRITEPROTECT, Channel, Child, Context, Feature, KernelError, PagefaultFlag, Pagemap,
-    Range, RegisterMode, Skip, Uffd, expect, expect_modes, expect_same, faulting, new_mapping, peek, poke, promise,
-    refuses, shared_page_table, syscalls, undisturbed, unmap,
+    Range, RegisterMode, Skip, Uffd, expect, expect_modes, expect_same, faulting, mended, new_mapping, peek, poke,
+    promise, refuses, shared_page_table, syscalls, undisturbed, unmap,
 )  # fmt: skip
 
 MAP_DROPPABLE = 0x08  # include/uapi/linux/mman.h, Linux 6.11
@@ -51,7 +51,7 @@ def test_register_anonymous_kinds(ctx: Context) -> None:
 DEV_ZERO = Defect(
     id="D-REG-18",
     summary="a private mapping of /dev/zero can be registered as MISSING, but COPY, ZEROPAGE and POISON say EFAULT",
-    kernels="6.12.117, 6.18.44; not 6.1.192",
+    kernels="6.12.117, 6.18.44, 7.3.4; not 6.1.192",
     advice="map anonymous memory with MAP_ANONYMOUS instead of /dev/zero",
     shows=r"UFFDIO_\w+\(.*\): EFAULT with \w+ = -EFAULT",
 )
@@ -125,7 +125,7 @@ def test_register_sealed_address(ctx: Context) -> None:
 DROPPABLE = Defect(
     id="D-REG-19",
     summary="MAP_DROPPABLE memory can be registered: the check tests the flag after it was masked away",
-    kernels="6.12.117; fixed in 6.18.44",
+    kernels="6.12.117; not 6.18.44, 7.3.4",
     advice="do not register memory mapped MAP_DROPPABLE: the kernel may drop its pages and report them missing again",
     shows=r"expected EINVAL; the call succeeded",
 )
@@ -138,7 +138,7 @@ def test_register_droppable() -> None:
         where = new_mapping(PAGE_SIZE, MAP_DROPPABLE | MAP_ANONYMOUS)
     except KernelError as error:
         raise Skip(f"MAP_DROPPABLE: {error} (Linux 6.11)") from None
-    with Uffd.open() as uffd, promise("REG-19"):
+    with Uffd.open() as uffd, mended(uffd), promise("REG-19"):
         for mode in (MISSING, WP):
             with refuses(EINVAL):
                 uffd.register(where, mode)

@@ -11,11 +11,12 @@ from signal import SIGBUS
 
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, EACH_HUGETLB, HUGETLB, MAP_FIXED, MAP_SHARED, MINOR, MISSING, NOT_HUGETLB, PAGE_SIZE, PROT_READ, SHMEM,
-    SHMEM_PRIVATE, UNREGISTERED, WP, WRITEPROTECT, Advice, Context, CopyMode, Feature, PagefaultFlag, Pagemap, Range,
-    Uffd, UffdError, Waiter, advise, bad_ranges, eventually, expect, expect_errno, expect_mappings, expect_modes,
-    expect_same, faulting, faulting_pages, huge_area, keep_small, map_memory, no_mapping_left, orphaned, peek,
-    plain_file, poke, promise, protect, refuses, swap_out, touch, touch_trapped, uapi, undisturbed, unmap, unread_event,
+    ALL, ANON, EACH_HUGETLB, HUGETLB, MAP_FIXED, MAP_SHARED, MINOR, MISSING, NOT_HUGETLB, PAGE_SIZE, PROT_READ, RWP,
+    SHMEM, SHMEM_PRIVATE, SYNC_RWP, UNREGISTERED, WP, WRITEPROTECT, Advice, Context, CopyMode, Feature, PagefaultFlag,
+    Pagemap, Range, RegisterMode, Uffd, UffdError, Waiter, advise, bad_ranges, eventually, expect, expect_errno,
+    expect_mappings, expect_modes, expect_same, faulting, faulting_pages, huge_area, keep_small, map_memory,
+    no_mapping_left, orphaned, peek, plain_file, poke, promise, protect, refuses, swap_out, touch, touch_trapped, uapi,
+    undisturbed, unmap, unread_event,
 )  # fmt: skip
 
 
@@ -230,6 +231,7 @@ def test_unregister_foreign(ctx: Context) -> None:
             with faulting(owner, ctx.dst.start):
                 owner.copy(ctx.dst.start, ctx.src.start, ctx.page_size)
         else:
+            expect(Feature.RWP in ctx.uffd.offered, False, "success on a kernel with UFFD_FEATURE_RWP, as of Linux 7.3")
             expect_modes(ctx.dst.range, UNREGISTERED, UNREGISTERED)
             undisturbed(owner, lambda: ctx.dst.expect_zero(0, 1))
 
@@ -351,14 +353,14 @@ def unregister(ctx: Context) -> int:
 WP_SLEEPS_ON = Defect(
     id="D-UNR-11",
     summary="UFFDIO_UNREGISTER of a range registered as WP only leaves threads blocked in it asleep for good",
-    kernels="6.1.192, 6.12.117, 6.18.44",
+    kernels="6.1.192, 6.12.117, 6.18.44, 7.3.4",
     advice="follow every UFFDIO_UNREGISTER with an UFFDIO_WAKE of the same range",
     shows=r"threads that sleep on: expected 0, got 1",
 )
 MINOR_SLEEPS_ON = Defect(
     id="D-UNR-12",
     summary="UFFDIO_UNREGISTER of a range registered as MINOR only leaves threads blocked in it asleep for good",
-    kernels="6.1.192, 6.12.117, 6.18.44",
+    kernels="6.1.192, 6.12.117, 6.18.44, 7.3.4",
     advice="follow every UFFDIO_UNREGISTER with an UFFDIO_WAKE of the same range",
     shows=r"threads that sleep on: expected 0, got 1",
 )
@@ -428,7 +430,7 @@ RACE = Defect(
     id="D-UNR-09",
     summary="UFFDIO_UNREGISTER wakes the waiters before it locks the mapping: a fault that comes in between sleeps on "
     "for good, its message stays readable, and to UFFDIO_COPY its page is ENOENT",
-    kernels="6.12.117, 6.18.44; not 6.1, where faults take mmap_lock",
+    kernels="6.12.117, 6.18.44, 7.3.4; not 6.1, where faults take mmap_lock",
     advice="follow every UFFDIO_UNREGISTER with an UFFDIO_WAKE of the same range, also on ENOENT of a fill",
     shows=r"threads asleep in a range that is not registered any more .* expected 0, got 1",
 )
@@ -436,9 +438,8 @@ ROUNDS = 40
 LEAD = 256
 
 
-@uffd_case("unregister-race", mem=(ANON,), pages=(32 << 20) // PAGE_SIZE, rows=("UNR-09",), defect=RACE, smp=True)
-def test_unregister_race(ctx: Context) -> None:
-    """A fault that comes while its range is being unregistered does not sleep on.
+def race_unregister(ctx: Context, mode: RegisterMode) -> None:
+    """Unregister a range again and again while a thread is about to fault in it, and count who sleeps on.
 
     The protected pages are there to make UFFDIO_UNREGISTER take long between the wake and the lock; the thread's way
     through the pages before the range makes it arrive in the meantime, one time in three.
@@ -448,12 +449,35 @@ def test_unregister_race(ctx: Context) -> None:
     ctx.dst.fill()
     for _ in range(ROUNDS):
         advise(ctx.dst.page(0, LEAD + 1), Advice.DONTNEED)
-        ctx.uffd.register(where, MISSING | WP)
+        ctx.uffd.register(where, mode)
+        if RWP in mode:
+            ctx.uffd.rwprotect(where)
         with Waiter(lambda: touch(ctx.dst.page(0, LEAD + 1), PAGE_SIZE)):
             ctx.uffd.unregister(where)
             asleep = ctx.uffd.fdinfo.total
             ctx.uffd.wake(where)
         expect(asleep, 0, "UNR-09: threads asleep in a range that is not registered any more (total: of fdinfo)")
+        ctx.uffd.read(8)
+
+
+@uffd_case("unregister-race", mem=(ANON,), pages=(32 << 20) // PAGE_SIZE, rows=("UNR-09",), defect=RACE, smp=True)
+def test_unregister_race(ctx: Context) -> None:
+    """A fault that comes while its range is being unregistered does not sleep on."""
+    race_unregister(ctx, MISSING | WP)
+
+
+@uffd_case(
+    "unregister-race-rwp",
+    mem=(ANON,),
+    features=SYNC_RWP,
+    pages=(32 << 20) // PAGE_SIZE,
+    rows=("UNR-09", "UNR-19"),
+    defect=RACE,
+    smp=True,
+)
+def test_unregister_race_rwp(ctx: Context) -> None:
+    """A fault that comes while its range, read-write-protected, is being unregistered does not sleep on."""
+    race_unregister(ctx, MISSING | RWP)
 
 
 # ---- what is left of protection and poison -------------------------------------------------------------------------

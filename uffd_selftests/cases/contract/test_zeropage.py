@@ -474,6 +474,7 @@ def test_zeropage_onto_guard(ctx: Context) -> None:
         expect(trap and trap.signo, SIGSEGV, "the signal of an access")
     else:
         expect(ctx.mem.shared, True, "zeroes only in shared memory")
+        expect(Feature.RWP in ctx.uffd.offered, False, "zeroes on a kernel with UFFD_FEATURE_RWP, as of Linux 7.3")
         ctx.dst.expect_zero()
 
 

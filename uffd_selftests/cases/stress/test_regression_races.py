@@ -312,7 +312,7 @@ RETRIED = Defect(
     id="D-MV-03",
     summary="UFFDIO_MOVE that had to try again, because the page was just being split or swapped, says EEXIST for a "
     "page that it has then moved itself, and wakes nobody.",
-    kernels="6.18.44; not 6.12.117",
+    kernels="6.18.44; not 6.12.117, 7.3.4",
     advice="After EEXIST wake the range, and let pagemap tell whether the source page has gone.",
     shows=r"expected success or EAGAIN or EBUSY; got .* EEXIST",
 )
