@@ -55,6 +55,7 @@ _NUMBERS = {
     "ptrace": (101, 117),
     "read": (0, 63),
     "readv": (19, 65),
+    "rt_sigaction": (13, 134),
     "rt_sigprocmask": (14, 135),
     "set_robust_list": (273, 99),
     "set_tid_address": (218, 96),
