@@ -63,6 +63,8 @@ _NUMBERS = {
     "shmctl": (31, 195),
     "shmdt": (67, 197),
     "shmget": (29, 194),
+    "sigaltstack": (131, 132),
+    "tgkill": (234, 131),
     "unshare": (272, 97),
     "vmsplice": (278, 75),
     "write": (1, 64),

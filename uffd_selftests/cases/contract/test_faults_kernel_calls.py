@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
+import threading
 from collections.abc import Callable
 from functools import partial
 
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, CACHED, KERNEL_ACCESSES, KERNEL_FAULTS, MINOR, MINOR_FAULTS, MISSING, SHARED, TRAPPED, WP, WRITE, WRITEPROTECT,
-    Advice, Area, Context, KernelAccess, PagefaultFlag, Pagemap, Range, Uffd, advise, cached, direct_accesses,
-    direct_disk, expect_told, expect_untold, peek, poke, promise,
+    ALL, ANON, CACHED, KERNEL_ACCESSES, KERNEL_FAULTS, MINOR, MINOR_FAULTS, MISSING, PAGE_SIZE, RWP, SHARED, TRAPPED,
+    WP, WRITE, WRITEPROTECT, WRITE_TRAPPED, Advice, Area, Context, Fault, Feature, KernelAccess, PagefaultFlag, Pagemap,
+    Range, Skip, Uffd, Waiter, advise, cached, direct_accesses, direct_disk, eventually, expect, expect_told,
+    expect_untold, handled, peek, poke, promise, syscalls,
 )  # fmt: skip
 
 KINDS = tuple(KERNEL_ACCESSES)
@@ -136,3 +141,62 @@ def test_faults_calls_direct(ctx: Context) -> None:
         accesses = direct_accesses(disk)
         missing(ctx, *accesses)
         protected(ctx, *accesses)
+
+
+FRAME_PAGES = 32
+"""Room for a signal frame with all registers that a processor may have."""
+
+
+def interrupted(stack: Range) -> None:
+    """Send this thread a signal whose handler is to run on a stack of its own."""
+    where = (ctypes.c_uint64 * 3)(stack.start, 0, stack.len)  # struct stack_t
+    syscalls.call("sigaltstack", ctypes.addressof(where), 0)
+    syscalls.call("tgkill", os.getpid(), threading.get_native_id(), signal.SIGUSR1)
+
+
+@uffd_case(
+    "faults-signal-frame",
+    mem=(ANON,),
+    variants=("MISSING", "WP", "RWP"),
+    features=Feature.PAGEFAULT_FLAG_WP,
+    needs=("kernel_faults",),
+    pages=FRAME_PAGES,
+    rows=("FL-11",),
+)
+def test_faults_signal_frame(ctx: Context, variant: str) -> None:
+    """A signal whose handler's stack is missing or protected is handled when the kernel's writes there were served."""
+    if variant == "RWP" and Feature.RWP not in ctx.uffd.offered:
+        raise Skip("no read-write protection (Linux 7.3): UFFD_FEATURE_RWP is not offered")
+    features = Feature.RWP if variant == "RWP" else Feature.PAGEFAULT_FLAG_WP
+    area, told = ctx.dst, list[int]()
+    with Uffd.open(features, KERNEL_FAULTS) as uffd, handled(signal.SIGUSR1) as signals:
+        if variant != "MISSING":
+            area.fill()
+        uffd.register(area.range, {"MISSING": MISSING, "WP": WP, "RWP": RWP}[variant])
+        if variant != "MISSING":
+            (uffd.writeprotect if variant == "WP" else uffd.rwprotect)(area.range)
+        served_by: dict[str, Callable[[Range], object]] = {
+            "MISSING": uffd.zeropage,
+            "WP": uffd.unprotect,
+            "RWP": uffd.resolve,
+        }
+        flags = {"MISSING": WRITE, "WP": TRAPPED, "RWP": WRITE_TRAPPED}[variant]
+        with Waiter(partial(interrupted, area.range)) as waiter:
+            while not waiter.done:
+                eventually(lambda: waiter.done or uffd.readable(), "a fault or the end of the call")
+                for message in uffd.read():
+                    told.append((getattr(message, "address", 0) - area.start) // PAGE_SIZE)
+                    if len(told) == 1:  # the kernel's own; later ones may be the handler's
+                        expect(message, Fault(area.page(told[0]).start, flags), "the first message")
+                    served_by[variant](area.page(told[-1]))
+        eventually(lambda: bool(signals), "the handler to have run")
+        expect(signals, [signal.SIGUSR1], "signals that were handled")
+        expect(len(set(told)), len(told), "pages told, each once")
+        untouched = sorted(set(range(FRAME_PAGES)) - set(told))
+        if variant == "MISSING":
+            Pagemap.expect_present(area, *told)
+        else:
+            Pagemap.expect_protected(area, untouched, "after the signal")
+            uffd.unprotect(area.range) if variant == "WP" else uffd.resolve(area.range)
+            for page in untouched:
+                area.expect_pattern_of(area, page, 1)

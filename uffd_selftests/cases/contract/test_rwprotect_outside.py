@@ -12,9 +12,11 @@ from pathlib import Path
 
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, ASYNC_RWP, KERNEL_FAULTS, NEW, PAGE_SIZE, RWP, SYNC_RWP, WP, WRITEPROTECT, Area, Channel, Child, Context,
-    Fault, Feature, KernelError, Pagemap, Range, RegisterMode, Skip, Uffd, Waiter, core_bytes, core_dump, errno_name,
-    eventually, expect, expect_accessed, expect_rwp_trapped, huge_area, peek, poke, promise, rwp_protected, syscalls,
+    ALL, ANON, ASYNC_RWP, HUGETLB, HUGETLB_PRIVATE, KERNEL_FAULTS, NEW, PAGE_SIZE, READ_TRAPPED, RWP, SHMEM,
+    SHMEM_PRIVATE, SYNC_RWP, WP, WRITEPROTECT, WRITE_TRAPPED, Advice, Area, Channel, Child, Context, Fault, Feature,
+    KernelError, Pagemap, Range, RegisterMode, Skip, Uffd, Waiter, advise, collapse, core_bytes, core_dump, errno_name,
+    eventually, expect, expect_accessed, expect_rwp_trapped, faulting, huge_area, peek, pmd_mapped, poke, promise,
+    rwp_protected, syscalls,
 )  # fmt: skip
 
 PTRACE_PEEKDATA, PTRACE_POKEDATA, PTRACE_DETACH = 2, 5, 17
@@ -72,7 +74,7 @@ DEBUGGER = Defect(
     "/proc/PID/mem and ptrace(2): EIO, and whoever could resolve them is not told.",
     kernels="7.3.4",
     advice="Resolve the pages before a debugger looks, switch to RWP_ASYNC, or use process_vm_readv(2).",
-    shows=r"RW-66, .*: expected .*, got 'EIO'",
+    shows=r"RW-66, .*: expected .*, got EIO",
 )
 
 
@@ -201,6 +203,56 @@ def test_rwprotect_debugger_async(ctx: Context) -> None:
     ctx.uffd.expect_no_message()
 
 
+@uffd_case(
+    "rwprotect-remote-calls",
+    mem=ALL,
+    features=SYNC_RWP,
+    variants=("read", "write"),
+    needs=("kernel_faults",),
+    pages=4,
+    rows=("RW-63",),
+    kind=Kind.DETAIL,
+)
+def test_rwprotect_remote_calls(ctx: Context, variant: str) -> None:
+    """process_vm_readv(2) and process_vm_writev(2) by another process wait at each protected page."""
+    area, write = ctx.dst, variant == "write"
+
+    def life(channel: Channel) -> None:
+        area.fill()
+        across = area.page(1).end - 4
+        with Uffd.open(ctx.features, KERNEL_FAULTS) as uffd:
+            uffd.register(area.range, RWP)
+            uffd.rwprotect(area.range)
+            channel.send(None, uffd.fd)
+            channel.receive()
+            Pagemap.expect_protected(area, {0, 3}, "after the call")
+            expect(peek(across, 8)[: len(NEW)] == NEW, write, "whether the new bytes are there")
+            uffd.resolve(area.range)
+            area.expect_pattern_of(area, 0, 1)
+            area.expect_pattern_of(area, 3, 1)
+
+    ctx.src.fill()
+    there = peek(ctx.src.page(1).end - 4, 8)
+    with Child(life) as child:
+        _, (fd,) = child.receive_fds()
+        with Uffd(fd, ctx.features) as uffd, promise("RW-63", variant):
+            across = area.page(1).end - 4
+            reading = partial(syscalls.process_vm_readv, child.pid, across, 8)
+            call = partial(syscalls.process_vm_writev, child.pid, across, NEW) if write else reading
+            at = area.page(1).start if area.mem.hugetlb else area.page(2).start - PAGE_SIZE
+            flags = WRITE_TRAPPED if write else READ_TRAPPED
+            with faulting(uffd, across, at=at, flags=flags, call=call) as waiter:
+                uffd.expect_still_asleep(1)
+                uffd.resolve(area.page(1))
+                uffd.wait_fault(area.page(2).start, flags)
+                uffd.expect_still_asleep(1)
+                uffd.resolve(area.page(2))
+                expect(waiter.result(), len(NEW) if write else there, "result of the call")
+            uffd.expect_still_asleep(0)
+            child.send()
+            child.expect_end(uffd)
+
+
 CMDLINE = Defect(
     id="D-RW-66",
     summary=DEBUGGER.summary,
@@ -253,29 +305,46 @@ CORE = Defect(
     summary="Pages under synchronous read-write protection are zeroes in a core dump, as if they were not there.",
     kernels="7.3.4",
     advice="Do not trust zeroes in core dumps of processes with read-write-protected memory.",
-    shows="RW-67.*: pages with their bytes in the core dump: expected .*, got",
+    shows=r"RW-67.*: what the core dump has of each page: expected .*, got .*: 'zeroes'",
 )
 
 
 def expect_core(ctx: Context, area: Area, features: Feature, mode: RegisterMode, protected: set[int]) -> None:
-    """Assert that a core dump has all of an area, some pages of which are protected, and is made without a message."""
+    """Assert that a core dump has the first pages of an area, as many as a case has, and is made without a message.
+
+    Some pages are protected, one by one; if none is named, all are, at once. An area of more pages is to be one
+    transparent huge page, which the child makes: one of its parent's would be split at the first write.
+    """
     ctx.src.fill()  # the same bytes
 
     def life(channel: Channel) -> None:
+        if area.nr_pages > ctx.nr_pages:
+            advise(area.range, Advice.HUGEPAGE)
         area.fill()
+        if area.nr_pages > ctx.nr_pages and pmd_mapped(area.range) < area.range.len:
+            collapse(area.range)
         uffd = Uffd.open(features, KERNEL_FAULTS)
         uffd.register(area.range, mode)
-        for page in protected:
-            (uffd.rwprotect if mode == RWP else uffd.writeprotect)(area.page(page))
+        for where in [area.page(page) for page in protected] or [area.range]:
+            (uffd.rwprotect if mode == RWP else uffd.writeprotect)(where)
         channel.send(None, uffd.fd)
 
     with core_dump(life) as core:
-        good = {
-            page
-            for page in range(ctx.nr_pages)
-            if core_bytes(core, area.page(page)) == peek(ctx.src.page(page).start, area.page_size)
-        }
-    expect(good, set(range(ctx.nr_pages)), "pages with their bytes in the core dump")
+        found = {page: dumped(core, area.page(page), ctx.src.page(page).start) for page in range(ctx.nr_pages)}
+    expect(found, dict.fromkeys(range(ctx.nr_pages), "its bytes"), "what the core dump has of each page")
+
+
+def huge_place(ctx: Context) -> Area:
+    """Map an area that one transparent huge page would fill, and leave it empty; Skip where none can be had."""
+    return ctx.allocate(huge_area(ctx).nr_pages)
+
+
+def dumped(core: Path, page: Range, like: int) -> str:
+    """Say what a core file has of a page that ought to be like another one."""
+    data = core_bytes(core, page)
+    if data == peek(like, page.len):
+        return "its bytes"
+    return "other bytes" if any(data) else "zeroes" if data else "nothing"
 
 
 @uffd_case(
@@ -297,15 +366,14 @@ def test_rwprotect_core_dump(ctx: Context) -> None:
     defect=CORE,
 )
 def test_rwprotect_core_dump_thp(ctx: Context) -> None:
-    """A core dump has the bytes of a protected transparent huge page."""
-    area = huge_area(ctx)
+    """A core dump has the bytes of a transparent huge page that is protected as a whole."""
     with promise("RW-67"):
-        expect_core(ctx, area, SYNC_RWP, RWP, {0, 1, 2, 3})
+        expect_core(ctx, huge_place(ctx), SYNC_RWP, RWP, set())
 
 
 @uffd_case(
     "rwprotect-core-dump-async",
-    mem=ALL,
+    mem=(ANON, SHMEM, SHMEM_PRIVATE, HUGETLB),
     features=ASYNC_RWP,
     needs=("kernel_faults",),
     pages=4,
@@ -316,6 +384,46 @@ def test_rwprotect_core_dump_async(ctx: Context) -> None:
     """A core dump has the bytes of pages that are protected with RWP_ASYNC, and of those beside protected ones."""
     with promise("RW-67"):
         expect_core(ctx, ctx.dst, ASYNC_RWP, RWP, {1, 2})
+
+
+CORE_HUGE = Defect(
+    id="D-RW-67",
+    summary="Private huge pages, transparent ones too, that are protected with RWP_ASYNC are zeroes in a core dump: "
+    "the kernel takes what it cannot follow for a hole (no_page_table).",
+    kernels="7.3.4",
+    advice=CORE.advice,
+    shows=CORE.shows,
+)
+
+
+@uffd_case(
+    "rwprotect-core-dump-async-hugetlb",
+    mem=(HUGETLB_PRIVATE,),
+    features=ASYNC_RWP,
+    needs=("kernel_faults",),
+    pages=4,
+    rows=("RW-67",),
+    defect=CORE_HUGE,
+)
+def test_rwprotect_core_dump_async_hugetlb(ctx: Context) -> None:
+    """The same for huge pages of a private mapping."""
+    with promise("RW-67"):
+        expect_core(ctx, ctx.dst, ASYNC_RWP, RWP, {1, 2})
+
+
+@uffd_case(
+    "rwprotect-core-dump-async-thp",
+    mem=(ANON,),
+    features=ASYNC_RWP,
+    needs=("kernel_faults",),
+    pages=4,
+    rows=("RW-67",),
+    defect=CORE_HUGE,
+)
+def test_rwprotect_core_dump_async_thp(ctx: Context) -> None:
+    """The same for a transparent huge page that is protected as a whole."""
+    with promise("RW-67"):
+        expect_core(ctx, huge_place(ctx), ASYNC_RWP, RWP, set())
 
 
 @uffd_case(

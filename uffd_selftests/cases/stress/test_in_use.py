@@ -70,28 +70,28 @@ def expect_stopped(uffd: Uffd, race: Race, request: Callable[[], object], page: 
     return message.flags
 
 
-def stop_each(ctx: Context, area: Area, request: Callable[[], object], let_go: Callable[[], object], what: str) -> None:
-    """Take an area away while the first, a middle, or the last of its pages is in use elsewhere, to read or to write."""
-    for page in corners(area):
-        for write in (False, True):
-            with promise(what, f"page {page}, {'written' if write else 'read'} all the time"):
-                with in_use(area, page, write=write) as race:
-                    flags = expect_stopped(ctx.uffd, race, request, area.page(page))
-                    expect(bool(flags & PagefaultFlag.RWP), True, "RWP in the flags")
-                    Pagemap.expect_protected(area, range(area.nr_pages), "after the request")
-                    let_go()
-                ctx.uffd.expect_still_asleep(0)
-    area.expect_pattern_of(area)
-
-
-@uffd_case("rwprotect-in-use", mem=ALL, features=SYNC_RWP, pages=4, rows=("RW-75",), smp=True)
+@uffd_case("rwprotect-in-use", mem=ALL, features=SYNC_RWP, pages=4, rows=("RW-75", "RW-14"), smp=True)
 def test_rwprotect_in_use(ctx: Context) -> None:
     """When UFFDIO_RWPROTECT has returned no access goes through, also of a processor that used the page just before."""
-    area = racing_area(ctx)
-    ctx.uffd.register(area.range, RWP)
-    stop_each(
-        ctx, area, partial(ctx.uffd.rwprotect, area.range), partial(ctx.uffd.resolve, area.range), "RW-75",
-    )  # fmt: skip
+    uffd, area = ctx.uffd, racing_area(ctx)
+    uffd.register(area.range, RWP)
+    inner = area.page(1, area.nr_pages - 2)
+    for page in sorted({1, area.nr_pages // 2, area.nr_pages - 2}):
+        for write in (False, True):
+            with promise("RW-75", f"page {page}, {'written' if write else 'read'} all the time"):
+                with in_use(area, page, write=write) as race:
+                    flags = expect_stopped(uffd, race, partial(uffd.rwprotect, inner), area.page(page))
+                    expect(bool(flags & PagefaultFlag.RWP), True, "RWP in the flags")
+                    Pagemap.expect_protected(area, range(1, area.nr_pages - 1), "after UFFDIO_RWPROTECT")
+                    uffd.resolve(inner)
+                uffd.expect_still_asleep(0)
+    for page in (0, area.nr_pages - 1):
+        with promise("RW-75", f"page {page} beside the range"), in_use(area, page, write=True) as race:
+            uffd.rwprotect(inner)
+            race.reached(0, race.steps(0) + 100)
+            uffd.expect_still_asleep(0)
+            uffd.resolve(inner)
+    area.expect_pattern_of(area)
 
 
 @uffd_case("rwprotect-in-use-thp", mem=(ANON,), features=SYNC_RWP, pages=4, rows=("RW-75",), smp=True)
@@ -101,11 +101,11 @@ def test_rwprotect_in_use_thp(ctx: Context) -> None:
         area = huge_area(ctx)
         ctx.uffd.register(area.range, RWP)
         for page in corners(area):
-            with promise("RW-75", f"page {page}, {'written' if write else 'read'} all the time"):
-                with in_use(area, page, write=write) as race:
-                    expect_stopped(ctx.uffd, race, partial(ctx.uffd.rwprotect, area.range), area.page(page))
-                    Pagemap.expect_protected(area, range(area.nr_pages), "after UFFDIO_RWPROTECT")
-                    ctx.uffd.resolve(area.range)
+            what = f"page {page}, {'written' if write else 'read'} all the time"
+            with promise("RW-75", what), in_use(area, page, write=write) as race:
+                expect_stopped(ctx.uffd, race, partial(ctx.uffd.rwprotect, area.range), area.page(page))
+                Pagemap.expect_protected(area, range(area.nr_pages), "after UFFDIO_RWPROTECT")
+                ctx.uffd.resolve(area.range)
         area.expect_pattern_of(area)
 
 

@@ -334,7 +334,7 @@ class Writers:
 
 @uffd_case("rwp-eviction", mem=SHARED, features=ASYNC_RWP, needs=("pagemap_scan",), pages=8, rows=("RW-76",), smp=True)
 def test_rwp_eviction(ctx: Context) -> None:
-    """A monitor that tracks pages and evicts those that nobody touched loses no write, while threads write all the time.
+    """A monitor that tracks pages and evicts those that nobody touched loses nothing that threads write all the time.
 
     That is the loop of the document, but for one thing: evicted is what is protected, not whatever was not reported as
     accessed. A hole would be read as zeroes by way of the other mapping and stored over what has been evicted before,
