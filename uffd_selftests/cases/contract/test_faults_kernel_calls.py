@@ -15,7 +15,7 @@ from uffd_selftests.common import (
     ALL, ANON, CACHED, KERNEL_ACCESSES, KERNEL_FAULTS, MINOR, MINOR_FAULTS, MISSING, PAGE_SIZE, RWP, SHARED, TRAPPED,
     WP, WRITE, WRITEPROTECT, WRITE_TRAPPED, Advice, Area, Context, Fault, Feature, KernelAccess, PagefaultFlag, Pagemap,
     Range, Skip, Uffd, Waiter, advise, cached, direct_accesses, direct_disk, eventually, expect, expect_told,
-    expect_untold, handled, peek, poke, promise, syscalls,
+    expect_untold, handled, huge_area, peek, poke, promise, syscalls,
 )  # fmt: skip
 
 KINDS = tuple(KERNEL_ACCESSES)
@@ -63,16 +63,32 @@ def missing(ctx: Context, *accesses: KernelAccess) -> None:
     features=WRITEPROTECT,
     needs=("kernel_faults",),
     pages=4,
-    rows=("WP-14", "FL-11"),
+    rows=("WP-08", "FL-11"),
 )
 def test_faults_calls_wp(ctx: Context, variant: str) -> None:
     """A system call that writes to a protected page waits until that is un-protected; one that reads it does not."""
-    protected(ctx, *KERNEL_ACCESSES[variant])
+    protected(ctx, ctx.dst, *KERNEL_ACCESSES[variant])
 
 
-def protected(ctx: Context, *accesses: KernelAccess) -> None:
-    """Make accesses to pages 1 and 2 of the destination, which is write-protected as a whole."""
-    area, everything = ctx.dst, set(range(ctx.nr_pages))
+@uffd_case(
+    "faults-calls-wp-thp",
+    mem=(ANON,),
+    variants=KINDS,
+    features=Feature.PAGEFAULT_FLAG_WP,
+    needs=("kernel_faults",),
+    pages=4,
+    rows=("FL-11",),
+    kind=Kind.DETAIL,
+)
+def test_faults_calls_wp_thp(ctx: Context, variant: str) -> None:
+    """The same in a transparent huge page, of which a base page is un-protected and the others stay protected."""
+    for access in KERNEL_ACCESSES[variant]:
+        protected(ctx, huge_area(ctx), access)
+
+
+def protected(ctx: Context, area: Area, *accesses: KernelAccess) -> None:
+    """Make accesses to pages 1 and 2 of an area, which is write-protected as a whole."""
+    everything = set(range(area.nr_pages))
     area.fill()
     with Uffd.open(ctx.features, KERNEL_FAULTS) as uffd:
         uffd.register(area.range, WP)
@@ -140,7 +156,7 @@ def test_faults_calls_direct(ctx: Context) -> None:
     with direct_disk() as disk:
         accesses = direct_accesses(disk)
         missing(ctx, *accesses)
-        protected(ctx, *accesses)
+        protected(ctx, ctx.dst, *accesses)
 
 
 FRAME_PAGES = 32

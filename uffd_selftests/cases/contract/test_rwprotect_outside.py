@@ -272,7 +272,7 @@ CMDLINE = Defect(
     defect=CMDLINE,
 )
 def test_rwprotect_cmdline(ctx: Context) -> None:
-    """/proc/PID/cmdline shows the arguments of a process that has protected the page where they are."""
+    """/proc/PID/cmdline shows the arguments of a process whose page with them is protected."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     start = int(fields[48 - 3])  # arg_start of proc_pid_stat(5), shown to who may trace
     if not start:
@@ -282,7 +282,6 @@ def test_rwprotect_cmdline(ctx: Context) -> None:
     def life(channel: Channel) -> None:
         with Uffd.open(ctx.features, KERNEL_FAULTS) as uffd:
             uffd.register(page, RWP)
-            uffd.rwprotect(page)
             channel.send(None, uffd.fd)
             channel.receive()
 
@@ -290,6 +289,10 @@ def test_rwprotect_cmdline(ctx: Context) -> None:
     with Child(life) as child:
         _, (fd,) = child.receive_fds()
         with Uffd(fd, ctx.features) as uffd:
+            # Asleep it touches nothing; else it might look for a variable of its environment, which is there, too.
+            stat = Path(f"/proc/{child.pid}/stat")
+            eventually(lambda: stat.read_text().rpartition(")")[2].split()[0] == "S", "the child to sleep")
+            uffd.rwprotect(page)
             _, result = served(uffd, Path(f"/proc/{child.pid}/cmdline").read_bytes, PAGE_SIZE)
             uffd.resolve(page)
             child.send()

@@ -13,9 +13,9 @@ from functools import partial
 
 from uffd_selftests.case import uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, ASYNC_RWP, COMPANION, MISSING, MOVE, RWP, SYNC_RWP, TRAPPED, WP, WRITEPROTECT, WRITTEN, Area, Context,
-    Fault, Feature, PagefaultFlag, Pagemap, PmScanFlag, Race, Range, Skip, Uffd, expect, huge_area, promise, toucher,
-    unmap,
+    ALL, ANON, ASYNC_RWP, COMPANION, MISSING, MOVE, NOT_HUGETLB, PAGE_SIZE, RWP, SYNC_RWP, TRAPPED, WP, WRITEPROTECT,
+    WRITTEN, Area, Context, Fault, Feature, PagefaultFlag, Pagemap, PmScanFlag, Race, Range, Skip, Uffd, expect,
+    huge_area, keep_small, promise, toucher, unmap,
 )  # fmt: skip
 
 MANY = 48
@@ -107,6 +107,24 @@ def test_rwprotect_in_use_thp(ctx: Context) -> None:
                 Pagemap.expect_protected(area, range(area.nr_pages), "after UFFDIO_RWPROTECT")
                 ctx.uffd.resolve(area.range)
         area.expect_pattern_of(area)
+
+
+@uffd_case("rwprotect-in-use-tables", mem=NOT_HUGETLB, features=SYNC_RWP, pages=4, rows=("RW-75",), smp=True)
+def test_rwprotect_in_use_tables(ctx: Context) -> None:
+    """The same for a range that two page tables map, with nothing but holes around the pages in use."""
+    per_table = PAGE_SIZE // 8
+    area = ctx.allocate(2 * per_table)
+    keep_small(area.range)
+    edge = -(area.start // PAGE_SIZE) % per_table or per_table
+    there = range(edge - 2, edge + 2)
+    area.fill(there.start, len(there))
+    ctx.uffd.register(area.range, RWP)
+    for page in there:
+        with promise("RW-75", f"page {page - edge} from the second table on"), in_use(area, page, write=True) as race:
+            expect_stopped(ctx.uffd, race, partial(ctx.uffd.rwprotect, area.range), area.page(page))
+            Pagemap.expect_protected(area, there, "after UFFDIO_RWPROTECT")
+            ctx.uffd.resolve(area.range)
+    area.expect_pattern_of(area, there.start, len(there))
 
 
 @uffd_case("rwprotect-in-use-mappings", mem=ALL, features=SYNC_RWP, pages=4, rows=("RW-75", "RW-10"), smp=True)
@@ -244,4 +262,4 @@ def require(features: Feature) -> None:
     """Skip where the kernel does not offer the features."""
     with Uffd.open() as uffd:
         if features & ~uffd.offered:
-            raise Skip(f"the kernel does not offer {features & ~uffd.offered}")
+            raise Skip(f"the kernel lacks {features & ~uffd.offered} (Linux 6.7; UFFD_FEATURE_RWP: Linux 7.3)")
