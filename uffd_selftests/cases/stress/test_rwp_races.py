@@ -299,13 +299,14 @@ class Writers:
         self._over = threading.Event()
         self._threads = [Waiter(partial(self._write, number, count)) for number in range(count)]
         self.numbers = [0] * area.nr_pages
+        """What was written to each page last."""
+        self.spared: set[int] = set()
+        """Pages to leave alone; a thread that is at one already goes on with it."""
 
     def _write(self, first: int, step: int) -> None:
-        turn = 0
         while not self._over.is_set():
-            turn += 1
             for page in range(first, self._area.nr_pages, step):
-                if (turn >> page % 4) % 2:  # some pages are left alone for a while
+                if page in self.spared:
                     continue
                 for offset in (0, self._area.page_size - 8):
                     address = self._area.page(page).start + offset
@@ -326,10 +327,10 @@ class Writers:
         if kind is None:
             self._stack.close()
 
-    @property
-    def rounds(self) -> int:
-        """How often all pages have been written to, at least."""
-        return min(self.numbers)
+    def expect_going_on(self, *pages: int) -> None:
+        """Wait until some number has been written to each of these pages, begun since."""
+        before = list(self.numbers)
+        eventually(lambda: all(self.numbers[page] > before[page] + 1 for page in pages), "the threads to write")
 
 
 @uffd_case("rwp-eviction", mem=SHARED, features=ASYNC_RWP, needs=("pagemap_scan",), pages=8, rows=("RW-76",), smp=True)
@@ -351,10 +352,10 @@ def test_rwp_eviction(ctx: Context) -> None:
             FaultHandler(uffd, area.range, length, src=stored.range, rwp=Action.RECORD, log_size=0) as handler,
             Writers(area, 2) as writers,
         ):
-            for _ in range(12):
+            for turn in range(12):
+                writers.spared = {(3 * turn + page) % area.nr_pages for page in range(3)}
                 uffd.rwprotect(area.range)
-                before = sum(writers.numbers)
-                eventually(lambda before=before: sum(writers.numbers) > before + 6, "the writers to write")  # type: ignore[misc]
+                writers.expect_going_on(*set(range(area.nr_pages)) - writers.spared)
                 uffd.set_mode(disable=Feature.RWP_ASYNC)
                 scan = Pagemap.scan(area.range, ACCESSED | PageCategory.PRESENT, inverted=ACCESSED, room=area.nr_pages)
                 cold = [
@@ -363,14 +364,16 @@ def test_rwp_eviction(ctx: Context) -> None:
                     if any(each.start <= area.page(page).start < each.end for each in scan.regions)
                 ]
                 Pagemap.expect_protected(area, cold, "at the scan, of what is not accessed")
+                writers.spared = set()
+                if cold:
+                    eventually(lambda: uffd.fdinfo.total > 0, "a thread to want a page that is to go")
                 for page in cold:
                     poke(stored.start + page * length, peek(area.alias_page(page).start, length))
                     advise(area.alias_page(page), Advice.REMOVE)
                     uffd.wake(area.page(page))
                     evicted += 1
                 uffd.set_mode(enable=Feature.RWP_ASYNC)
-            turn = sum(writers.numbers)
-            eventually(lambda: sum(writers.numbers) > turn + 2 * area.nr_pages, "the writers to go on")
+                writers.expect_going_on(*range(area.nr_pages))
         for page, number in enumerate(writers.numbers):
             for offset in (0, length - 8):
                 found = int.from_bytes(peek(area.page(page).start + offset, 8), "little")
