@@ -157,7 +157,7 @@ def test_writeprotect_in_use(ctx: Context) -> None:
 
 
 @uffd_case(
-    "writeprotect-in-use-thp", mem=(ANON,), features=Feature.PAGEFAULT_FLAG_WP, pages=4, rows=("WP-07",), smp=True
+    "writeprotect-in-use-thp", mem=(ANON,), features=WRITEPROTECT, pages=4, rows=("WP-07",), smp=True
 )
 def test_writeprotect_in_use_thp(ctx: Context) -> None:
     """The same for a transparent huge page, protected as a whole."""
