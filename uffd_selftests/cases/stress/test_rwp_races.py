@@ -100,9 +100,9 @@ def test_race_rwp_async(ctx: Context) -> None:
     uffd, area = ctx.uffd, racing_area(ctx)
     uffd.register(area.range, RWP)
     for each in run_race(
-        rwprotector(uffd, area.range, area.page_size, PROTECT, rounds=4 * ROUNDS),
-        rwprotector(uffd, area.range, area.page_size, RESOLVE, rounds=4 * ROUNDS),
-        *touchers(area, 4 * ROUNDS),
+        rwprotector(uffd, area.range, area.page_size, PROTECT, rounds=2 * ROUNDS),
+        rwprotector(uffd, area.range, area.page_size, RESOLVE, rounds=2 * ROUNDS),
+        *touchers(area, 2 * ROUNDS),
     ):
         each.expect_only(SUCCESS)
     expect_settled(uffd, area, "after the race")
