@@ -20,6 +20,7 @@ from uffd_selftests.toolkit import stress as stress
 from uffd_selftests.toolkit.access import *
 from uffd_selftests.toolkit.contents import *
 from uffd_selftests.toolkit.context import *
+from uffd_selftests.toolkit.coredump import *
 from uffd_selftests.toolkit.events import *
 from uffd_selftests.toolkit.expectations import *
 from uffd_selftests.toolkit.faulting import *
@@ -30,6 +31,7 @@ from uffd_selftests.toolkit.hugetlb import *
 from uffd_selftests.toolkit.hwpoison import *
 from uffd_selftests.toolkit.ia32 import *
 from uffd_selftests.toolkit.iouring import *
+from uffd_selftests.toolkit.kernelside import *
 from uffd_selftests.toolkit.kinds import *
 from uffd_selftests.toolkit.memory import *
 from uffd_selftests.toolkit.messages import *

@@ -62,14 +62,15 @@ class Swap(Change):
     def used(self) -> int:
         """Bytes of the disk in use."""
         lines = (line.split() for line in SWAPS.read_text().splitlines()[1:])
-        return sum(int(fields[3]) * 1024 for fields in lines if fields[0] == self._device)
+        return sum(int(fields[3]) * 1024 for fields in lines if fields[0] == self.device)
 
     def off(self) -> None:
         """Switch the disk off: the kernel reads back what is on it."""
-        swap_off(self._device)
+        swap_off(self.device)
 
     @property
-    def _device(self) -> str:
+    def device(self) -> str:
+        """The disk's special file."""
         record = self._entry and self._entry.record
         assert isinstance(record, _SwapRecord)
         return f"/dev/zram{record.disk}"

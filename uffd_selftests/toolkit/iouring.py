@@ -21,6 +21,8 @@ __all__ = [
     "IORING_OP_NOP",
     "IORING_OP_READ",
     "IORING_OP_WRITE",
+    "IORING_OP_READ_FIXED",
+    "IORING_OP_WRITE_FIXED",
     "IOSQE_ASYNC",
     "IORING_REGISTER_BUFFERS",
     "IORING_UNREGISTER_BUFFERS",
@@ -33,6 +35,8 @@ __all__ = [
 
 # include/uapi/linux/io_uring.h
 IORING_OP_NOP = 0
+IORING_OP_READ_FIXED = 4  # with the first of the fixed buffers
+IORING_OP_WRITE_FIXED = 5
 IORING_OP_READ = 22  # Linux 5.6
 IORING_OP_WRITE = 23
 IOSQE_ASYNC = 1 << 4  # Linux 5.6: let a worker thread make the call, which may sleep

@@ -20,7 +20,7 @@ from typing import Any
 from uffd_selftests.abi import syscalls, uapi
 from uffd_selftests.abi.errors import KernelError, errno_name
 from uffd_selftests.abi.native import ffi, lib
-from uffd_selftests.abi.uapi import WriteprotectMode
+from uffd_selftests.abi.uapi import RwprotectMode, WriteprotectMode
 from uffd_selftests.toolkit.expectations import DEADLINE, Skip
 from uffd_selftests.toolkit.handle import Uffd
 from uffd_selftests.toolkit.memory import MREMAP_FIXED, MREMAP_MAYMOVE, Advice, Range
@@ -36,6 +36,7 @@ __all__ = [
     "continuer",
     "zeroer",
     "protector",
+    "rwprotector",
     "waker",
     "adviser",
     "remapper",
@@ -133,6 +134,13 @@ def protector(
     )
 
 
+def rwprotector(uffd: Uffd, where: Range, unit: int, mode: RwprotectMode, *, rounds: int = 1) -> Racer:
+    """UFFDIO_RWPROTECT unit by unit."""
+    args = (where.start, unit, int(mode))
+    what = f"UFFDIO_RWPROTECT({mode}) of {where}"
+    return Racer(what, lib.UFFD_RACE_IOCTL, uapi.UFFDIO_RWPROTECT, args, (unit,), where.len // unit, rounds, fd=uffd.fd)
+
+
 def waker(uffd: Uffd, where: Range, *, rounds: int = COMPANION) -> Racer:
     """UFFDIO_WAKE of the whole range."""
     what, args = f"UFFDIO_WAKE of {where}", (where.start, where.len)
@@ -222,6 +230,11 @@ class Race:
     def run(self) -> bool:
         """Whether all racers that have an end have come to it."""
         return all(native.steps == native.count * native.rounds for native in self._native if native.rounds)
+
+    def steps(self, number: int) -> int:
+        """How many steps a racer, counted from 0 on, has made so far."""
+        steps: int = self._native[number].steps
+        return steps
 
     def reached(self, number: int, steps: int) -> None:
         """Wait until a racer, counted from 0 on, has made so many steps."""

@@ -6,19 +6,18 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from errno import EAGAIN, EFAULT, ENOMEM
 from functools import partial
 from pathlib import Path
 
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, DEFAULT_FLAGS, HUGETLB, KERNEL_FAULTS, MINOR, MINOR_FAULTS, MISSING, SHMEM, WP, WRITE, WRITEPROTECT,
-    Advice, Channel, Child, Context, Feature, PagefaultFlag, Range, Skip, Sysctl, Uffd, advise, eventually, expect,
-    fails, faulting, handled, odd_address, peek, poke, promise, syscalls, thread_told, touch_trapped, undisturbed,
+    ALL, ANON, CORE_FILTER, DEFAULT_FLAGS, HUGETLB, KERNEL_FAULTS, MINOR, MINOR_FAULTS, MISSING, SHMEM, WP, WRITE,
+    WRITEPROTECT, Advice, Channel, Child, Context, Feature, PagefaultFlag, Range, Uffd, advise, dumps_here, eventually,
+    expect, fails, faulting, handled, odd_address, peek, poke, promise, syscalls, thread_told, touch_trapped,
+    undisturbed,
 )  # fmt: skip
 
 BUS_ADRERR = 2
@@ -271,28 +270,7 @@ def test_faults_thread_exit(ctx: Context) -> None:
         pass
 
 
-CORE_PATTERN = Path("/proc/sys/kernel/core_pattern")
-CORE_FILTER = Path("/proc/self/coredump_filter")
 DUMP_SHARED, DUMP_HUGETLB_SHARED = 1 << 1, 1 << 6
-
-
-@contextmanager
-def dumps_here() -> Iterator[None]:
-    """Have core dumps written to the working directory, a temporary one meanwhile; Skip where that cannot be had."""
-    if not CORE_FILTER.exists():
-        raise Skip(f"{CORE_FILTER}: ENOENT: boot a kernel with CONFIG_ELF_CORE")
-    if resource.getrlimit(resource.RLIMIT_CORE)[1] != resource.RLIM_INFINITY:
-        raise Skip("the hard limit of core dumps is too low: ulimit -Hc unlimited")
-    with ExitStack() as stack:
-        pattern = CORE_PATTERN.read_text().strip()
-        if not pattern or pattern[0] in "/|@":
-            try:
-                stack.enter_context(Sysctl(CORE_PATTERN, "core"))
-            except OSError:
-                raise Skip(f"core dumps go to {pattern}: as root, sysctl kernel.core_pattern=core") from None
-        stack.callback(os.chdir, os.getcwd())
-        os.chdir(stack.enter_context(tempfile.TemporaryDirectory()))
-        yield
 
 
 @uffd_case(
