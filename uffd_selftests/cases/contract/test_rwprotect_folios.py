@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""UFFDIO_RWPROTECT of parts of large folios, of several sizes, each of their pages looked at."""
+
+from __future__ import annotations
+
+from uffd_selftests.case import Kind, uffd_case
+from uffd_selftests.common import (
+    AGAINST_ACCESS, ANON, FOLIOS, SHMEM, SMALL_FOLIOS, SYNC_RWP, Context, Feature, folio_forked, folio_forked_event,
+    folio_migrated, folio_mprotected, folio_parts, folio_remapped, folio_remapped_event, folio_swapped,
+    folio_unregistered, folio_zapped, folios,
+)  # fmt: skip
+
+
+@uffd_case(
+    "rwprotect-folio-parts",
+    mem=(ANON,),
+    variants=FOLIOS,
+    features=SYNC_RWP,
+    needs=("thp",),
+    pages=1,
+    rows=("RW-43", "RW-44"),
+    kind=Kind.DETAIL,
+)
+def test_rwprotect_folio_parts(ctx: Context, variant: str) -> None:
+    """Of folios protected in part exactly the pages named are protected, and trap."""
+    folio_parts(ctx, folios(ctx, variant), AGAINST_ACCESS)
+
+
+@uffd_case(
+    "rwprotect-folio-parts-shared",
+    mem=(SHMEM,),
+    variants=SMALL_FOLIOS,
+    features=SYNC_RWP,
+    needs=("thp",),
+    pages=1,
+    rows=("RW-43", "RW-44"),
+    kind=Kind.DETAIL,
+)
+def test_rwprotect_folio_parts_shared(ctx: Context, variant: str) -> None:
+    """Of shared folios protected in part exactly the pages named are protected, and trap."""
+    folio_parts(ctx, folios(ctx, variant), AGAINST_ACCESS)
+
+
+@uffd_case(
+    "rwprotect-folio-dontneed",
+    mem=(ANON,),
+    variants=FOLIOS,
+    features=SYNC_RWP,
+    needs=("thp",),
+    pages=1,
+    rows=("RW-28", "RW-44"),
+    kind=Kind.DETAIL,
+)
+def test_rwprotect_folio_dontneed(ctx: Context, variant: str) -> None:
+    """Of folios protected in part pages that are dropped leave the others' protection as it is."""
+    folio_zapped(ctx, folios(ctx, variant), AGAINST_ACCESS)
+
+
+@uffd_case(
+    "rwprotect-folio-dontneed-shared",
+    mem=(SHMEM,),
+    variants=SMALL_FOLIOS,
+    features=SYNC_RWP,
+    needs=("thp",),
+    pages=1,
+    rows=("RW-28", "RW-44"),
+    kind=Kind.DETAIL,
+)
+def test_rwprotect_folio_dontneed_shared(ctx: Context, variant: str) -> None:
+    """Of shared folios protected in part pages that are dropped leave the others' protection as it is."""
+    folio_zapped(ctx, folios(ctx, variant), AGAINST_ACCESS)
+
+
+@uffd_case(
+    "rwprotect-folio-fork",
+    mem=(ANON,),
+    variants=FOLIOS,
+    features=SYNC_RWP,
+    needs=("thp",),
+    pages=1,
+    rows=("RW-17", "RW-44", "RW-52"),
+    kind=Kind.DETAIL,
+)
+def test_rwprotect_folio_fork(ctx: Context, variant: str) -> None:
+    """Of folios protected in part a child without a handle of its own is free, and its parent is not."""
+    folio_forked(ctx, folios(ctx, variant), AGAINST_ACCESS)
+
+
+@uffd_case(
+    "rwprotect-folio-fork-shared",
+    mem=(SHMEM,),
+    variants=SMALL_FOLIOS,
+    features=SYNC_RWP,
+    needs=("thp",),
+    pages=1,
+    rows=("RW-17", "RW-44", "RW-52"),
+    kind=Kind.DETAIL,
+)
+def test_rwprotect_folio_fork_shared(ctx: Context, variant: str) -> None:
+    """Of shared folios protected in part a child without a handle of its own is free, and its parent is not."""
+    folio_forked(ctx, folios(ctx, variant), AGAINST_ACCESS)
+
+
+@uffd_case(
+    "rwprotect-folio-fork-event",
+    mem=(ANON,),
+    variants=FOLIOS,
+    features=SYNC_RWP | Feature.EVENT_FORK,
+    needs=("thp",),
+    pages=1,
+    rows=("RW-44", "RW-53"),
+    kind=Kind.DETAIL,
+)
+def test_rwprotect_folio_fork_event(ctx: Context, variant: str) -> None:
+    """Of folios protected in part a child with a handle of its own has its parent's protected pages."""
+    folio_forked_event(ctx, folios(ctx, variant), AGAINST_ACCESS)
+
+
+@uffd_case(
+    "rwprotect-folio-fork-event-shared",
+    mem=(SHMEM,),
+    variants=SMALL_FOLIOS,
+    features=SYNC_RWP | Feature.EVENT_FORK,
+    needs=("thp",),
+    pages=1,
+    rows=("RW-44", "RW-53"),
+    kind=Kind.DETAIL,
+)
+def test_rwprotect_folio_fork_event_shared(ctx: Context, variant: str) -> None:
+    """Of shared folios protected in part a child with a handle of its own has its parent's protected pages."""
+    folio_forked_event(ctx, folios(ctx, variant), AGAINST_ACCESS)
+
+
+@uffd_case(
+    "rwprotect-folio-swap",
+    mem=(ANON,),
+    variants=FOLIOS,
+    features=SYNC_RWP,
+    needs=("thp", "swap"),
+    pages=1,
+    rows=("RW-31", "RW-32"),
+    kind=Kind.DETAIL,
+)
+def test_rwprotect_folio_swap(ctx: Context, variant: str) -> None:
+    """Of folios protected in part each page is in swap, and comes back, as it was."""
+    folio_swapped(ctx, folios(ctx, variant), AGAINST_ACCESS)
+
+
+@uffd_case(
+    "rwprotect-folio-mremap",
+    mem=(ANON,),
+    variants=FOLIOS,
+    features=SYNC_RWP,
+    needs=("thp",),
+    pages=1,
+    rows=("RW-44", "RW-56"),
+    kind=Kind.DETAIL,
+)
+def test_rwprotect_folio_mremap(ctx: Context, variant: str) -> None:
+    """Of folios protected in part what mremap(2) moves, without its event, is free, the rest as it was."""
+    folio_remapped(ctx, folios(ctx, variant), AGAINST_ACCESS)
+
+
+@uffd_case(
+    "rwprotect-folio-mremap-shared",
+    mem=(SHMEM,),
+    variants=SMALL_FOLIOS,
+    features=SYNC_RWP,
+    needs=("thp",),
+    pages=1,
+    rows=("RW-44", "RW-56"),
+    kind=Kind.DETAIL,
+)
+def test_rwprotect_folio_mremap_shared(ctx: Context, variant: str) -> None:
+    """Of shared folios protected in part what mremap(2) moves, without its event, is free, the rest as it was."""
+    folio_remapped(ctx, folios(ctx, variant), AGAINST_ACCESS)
+
+
+@uffd_case(
+    "rwprotect-folio-mremap-event",
+    mem=(ANON,),
+    variants=FOLIOS,
+    features=SYNC_RWP | Feature.EVENT_REMAP,
+    needs=("thp",),
+    pages=1,
+    rows=("RW-44", "RW-57"),
+    kind=Kind.DETAIL,
+)
+def test_rwprotect_folio_mremap_event(ctx: Context, variant: str) -> None:
+    """Of folios protected in part each page that mremap(2) moves, with its event, is as it was."""
+    folio_remapped_event(ctx, folios(ctx, variant), AGAINST_ACCESS)
+
+
+@uffd_case(
+    "rwprotect-folio-mremap-event-shared",
+    mem=(SHMEM,),
+    variants=SMALL_FOLIOS,
+    features=SYNC_RWP | Feature.EVENT_REMAP,
+    needs=("thp",),
+    pages=1,
+    rows=("RW-44", "RW-57"),
+    kind=Kind.DETAIL,
+)
+def test_rwprotect_folio_mremap_event_shared(ctx: Context, variant: str) -> None:
+    """Of shared folios protected in part each page that mremap(2) moves, with its event, is as it was."""
+    folio_remapped_event(ctx, folios(ctx, variant), AGAINST_ACCESS)
+
+
+@uffd_case(
+    "rwprotect-folio-mprotect",
+    mem=(ANON,),
+    variants=FOLIOS,
+    features=SYNC_RWP,
+    needs=("thp",),
+    pages=1,
+    rows=("RW-44", "RW-48"),
+    kind=Kind.DETAIL,
+)
+def test_rwprotect_folio_mprotect(ctx: Context, variant: str) -> None:
+    """Of folios protected in part each is as it was when mprotect(2) took access away and gave it back."""
+    folio_mprotected(ctx, folios(ctx, variant), AGAINST_ACCESS)
+
+
+@uffd_case(
+    "rwprotect-folio-mprotect-shared",
+    mem=(SHMEM,),
+    variants=SMALL_FOLIOS,
+    features=SYNC_RWP,
+    needs=("thp",),
+    pages=1,
+    rows=("RW-44", "RW-48"),
+    kind=Kind.DETAIL,
+)
+def test_rwprotect_folio_mprotect_shared(ctx: Context, variant: str) -> None:
+    """Of shared folios protected in part each is as it was when mprotect(2) took access away and gave it back."""
+    folio_mprotected(ctx, folios(ctx, variant), AGAINST_ACCESS)
+
+
+@uffd_case(
+    "rwprotect-folio-unregister",
+    mem=(ANON,),
+    variants=FOLIOS,
+    features=SYNC_RWP,
+    needs=("thp",),
+    pages=1,
+    rows=("RW-44", "UNR-16", "UNR-17"),
+    kind=Kind.DETAIL,
+)
+def test_rwprotect_folio_unregister(ctx: Context, variant: str) -> None:
+    """Of folios protected in part what is unregistered is free, and the rest is as it was."""
+    folio_unregistered(ctx, folios(ctx, variant), AGAINST_ACCESS)
+
+
+@uffd_case(
+    "rwprotect-folio-unregister-shared",
+    mem=(SHMEM,),
+    variants=SMALL_FOLIOS,
+    features=SYNC_RWP,
+    needs=("thp",),
+    pages=1,
+    rows=("RW-44", "UNR-16", "UNR-17"),
+    kind=Kind.DETAIL,
+)
+def test_rwprotect_folio_unregister_shared(ctx: Context, variant: str) -> None:
+    """Of shared folios protected in part what is unregistered is free, and the rest is as it was."""
+    folio_unregistered(ctx, folios(ctx, variant), AGAINST_ACCESS)
+
+
+@uffd_case(
+    "rwprotect-folio-migrated",
+    mem=(ANON,),
+    variants=FOLIOS,
+    features=SYNC_RWP,
+    needs=("thp", "cap_sys_admin"),
+    pages=1,
+    rows=("RW-36", "RW-44"),
+    kind=Kind.DETAIL,
+)
+def test_rwprotect_folio_migrated(ctx: Context, variant: str) -> None:
+    """Of folios protected in part each page is as it was in other memory."""
+    folio_migrated(ctx, folios(ctx, variant), AGAINST_ACCESS)
+
+
+@uffd_case(
+    "rwprotect-folio-migrated-shared",
+    mem=(SHMEM,),
+    variants=SMALL_FOLIOS,
+    features=SYNC_RWP,
+    needs=("thp", "cap_sys_admin"),
+    pages=1,
+    rows=("RW-36", "RW-44"),
+    kind=Kind.DETAIL,
+)
+def test_rwprotect_folio_migrated_shared(ctx: Context, variant: str) -> None:
+    """Of shared folios protected in part each page is as it was in other memory."""
+    folio_migrated(ctx, folios(ctx, variant), AGAINST_ACCESS)
