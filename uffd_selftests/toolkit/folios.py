@@ -20,7 +20,7 @@ from uffd_selftests.mem_types import Area, MemType, pmd_size
 from uffd_selftests.toolkit.access import peek, poke, touch
 from uffd_selftests.toolkit.context import Context
 from uffd_selftests.toolkit.expectations import Skip, expect, promise
-from uffd_selftests.toolkit.faulting import NEW, TRAPPED
+from uffd_selftests.toolkit.faulting import NEW, TRAPPED, undisturbed
 from uffd_selftests.toolkit.handle import RWP, WP, Uffd
 from uffd_selftests.toolkit.memory import (
     MAP_ANONYMOUS,
@@ -65,6 +65,7 @@ __all__ = [
     "folio_mprotected",
     "folio_unregistered",
     "folio_migrated",
+    "folio_async",
 ]
 
 SMALL_FOLIOS = ("4 pages", "16 pages")
@@ -419,8 +420,34 @@ def folio_migrated(ctx: Context, area: Area, guard: Protection) -> None:
     if ctx.mem.shared and len(memory_nodes()) < 2:
         raise Skip("one memory node only, where a folio of shared memory is split first: boot with numa=fake=2")
     pages = halves_protected(ctx, area, guard)
+    if guard.trapped_read is None:
+        touch(area.range, PAGE_SIZE)  # write-protecting a huge page of shared memory leaves its pages unmapped
     with migrate(area, 1, area.nr_pages // 2):
         Pagemap.expect_protected(area, pages, "after the migration")
         ctx.uffd.expect_no_message()
         expect_sweep(ctx.uffd, area, pages, guard)
         area.expect_pattern_of(area)
+
+
+def folio_async(ctx: Context, area: Area, guard: Protection) -> None:
+    """Access pages of folios protected in part where the kernel lets everybody go on: each gives up its own mark.
+
+    The handle has RWP_ASYNC, or WP_ASYNC.
+    """
+    pages, write = halves_protected(ctx, area, guard), guard.trapped_read is None
+    data = _first_bytes(area)
+    for page in (area.nr_pages // 2, min(pages), max(pages)):
+        start = area.page(page).start
+        undisturbed(ctx.uffd, partial(poke, start, data[page]))
+        pages.discard(page)
+        Pagemap.expect_protected(area, pages, f"after a write to page {page}")
+    if not write:
+        undisturbed(ctx.uffd, partial(peek, area.page(area.nr_pages // 2 - 1).start))
+        pages.discard(area.nr_pages // 2 - 1)
+        Pagemap.expect_protected(area, pages, f"after a read of page {area.nr_pages // 2 - 1}")
+    for page in (0, area.nr_pages - 1):
+        undisturbed(ctx.uffd, partial(poke, area.page(page).start, data[page]))
+    Pagemap.expect_protected(area, pages, "after writes to pages that were free")
+    undisturbed(ctx.uffd, partial(_store, area, data))
+    Pagemap.expect_protected(area, (), "after a write to each page")
+    area.expect_pattern_of(area)

@@ -29,6 +29,16 @@ def expect_contents(area: Area) -> None:
         area.pattern.verify(area.page(page).start - same_as * area.page_size, same_as, 1, what=f"page {page}")
 
 
+def expect_kept(ctx: Context, area: Area, pages: set[int], guard: Protection) -> None:
+    """Assert that just these pages trap, and that all hold what equal_pages() has written."""
+    if guard.trapped_read is None:
+        undisturbed(ctx.uffd, lambda: expect_contents(area))
+        expect_sweep(ctx.uffd, area, pages, guard)
+    else:
+        expect_sweep(ctx.uffd, area, pages, guard, write=False)
+        expect_contents(area)
+
+
 def merged_area(ctx: Context) -> Area:
     """Return an area of which the kernel has made one page of some; Skip where it does not."""
     area = equal_pages(ctx)
@@ -58,9 +68,7 @@ def check_merging(ctx: Context, guard: Protection) -> None:
         let_merge(area, lambda: merged(area, *EQUAL))
         uffd.expect_no_message()
         Pagemap.expect_protected(area, pages, "after merging")
-        expect_sweep(uffd, area, pages, guard, write=guard.trapped_read is None)
-        guard.lift(uffd, area, pages)
-        expect_contents(area)
+        expect_kept(ctx, area, pages, guard)
 
 
 @uffd_case(
@@ -152,9 +160,7 @@ def check_unmerging(ctx: Context, guard: Protection) -> None:
         places = frames(area, *EQUAL)
         expect(len(set(places)) < len(EQUAL), False, "whether pages are still one after MADV_UNMERGEABLE")
         Pagemap.expect_protected(area, pages, "after MADV_UNMERGEABLE")
-        expect_sweep(uffd, area, pages, guard, write=guard.trapped_read is None)
-        guard.lift(uffd, area, pages)
-        expect_contents(area)
+        expect_kept(ctx, area, pages, guard)
 
 
 @uffd_case(

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    AGAINST_ACCESS, ANON, FOLIOS, SHMEM, SMALL_FOLIOS, SYNC_RWP, Context, Feature, folio_forked, folio_forked_event,
-    folio_migrated, folio_mprotected, folio_parts, folio_remapped, folio_remapped_event, folio_swapped,
-    folio_unregistered, folio_zapped, folios,
+    AGAINST_ACCESS, ANON, ASYNC_RWP, FOLIOS, SHMEM, SMALL_FOLIOS, SYNC_RWP, Context, Feature, folio_async, folio_forked,
+    folio_forked_event, folio_migrated, folio_mprotected, folio_parts, folio_remapped, folio_remapped_event,
+    folio_swapped, folio_unregistered, folio_zapped, folios,
 )  # fmt: skip
 
 
@@ -294,3 +294,33 @@ def test_rwprotect_folio_migrated(ctx: Context, variant: str) -> None:
 def test_rwprotect_folio_migrated_shared(ctx: Context, variant: str) -> None:
     """Of shared folios protected in part each page is as it was in other memory."""
     folio_migrated(ctx, folios(ctx, variant), AGAINST_ACCESS)
+
+
+@uffd_case(
+    "rwprotect-folio-async",
+    mem=(ANON,),
+    variants=FOLIOS,
+    features=ASYNC_RWP,
+    needs=("thp",),
+    pages=1,
+    rows=("RW-77", "RW-80"),
+    kind=Kind.DETAIL,
+)
+def test_rwprotect_folio_async(ctx: Context, variant: str) -> None:
+    """Of folios protected in part, without anybody being told, an access frees just its page."""
+    folio_async(ctx, folios(ctx, variant), AGAINST_ACCESS)
+
+
+@uffd_case(
+    "rwprotect-folio-async-shared",
+    mem=(SHMEM,),
+    variants=SMALL_FOLIOS,
+    features=ASYNC_RWP,
+    needs=("thp",),
+    pages=1,
+    rows=("RW-77", "RW-80"),
+    kind=Kind.DETAIL,
+)
+def test_rwprotect_folio_async_shared(ctx: Context, variant: str) -> None:
+    """Of shared folios protected in part, without anybody being told, an access frees just its page."""
+    folio_async(ctx, folios(ctx, variant), AGAINST_ACCESS)

@@ -11,7 +11,7 @@ from uffd_selftests.common import (
     AGAINST_ACCESS, ANON, MISSING, NEW, PAGE_SIZE, RWP, SHMEM, SMALL_FOLIOS, SYNC_RWP, UNREGISTERED, Advice, Area,
     Context, KernelError, Pagemap, Skip, advise, collapse, expect, expect_modes, expect_rwp_free, expect_rwp_trapped,
     expect_same, expect_sweep, fails, folios, frames, huge_area, peek, pmd_mapped, pmd_size, poke, promise,
-    require_collapse, rwp_protected, rwp_trapped, small_area, smaps_bytes, syscalls, uapi, undisturbed,
+    require_collapse, rwp_protected, rwp_trapped, small_area, smaps_bytes, swap_out, syscalls, uapi, undisturbed,
 )  # fmt: skip
 
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
@@ -206,6 +206,30 @@ def test_rwprotect_collapse(ctx: Context) -> None:
         uffd.rwprotect(area.range)
         Pagemap.expect_protected(area, range(area.nr_pages), "after protecting the huge page")
         expect_sweep(uffd, area, range(area.nr_pages), AGAINST_ACCESS)
+    area.expect_pattern_of(area)
+
+
+@uffd_case(
+    "rwprotect-collapse-swapped",
+    mem=(ANON,),
+    features=SYNC_RWP,
+    needs=("thp", "swap"),
+    pages=1,
+    rows=("RW-31", "RW-39"),
+    kind=Kind.DETAIL,
+)
+def test_rwprotect_collapse_swapped(ctx: Context) -> None:
+    """MADV_COLLAPSE refuses a range with a protected page that is in swap, which stays protected and there."""
+    require_collapse(ctx)
+    area, uffd = small_area(ctx), ctx.uffd
+    uffd.register(area.range, RWP)
+    uffd.rwprotect(area.page(7, 2))
+    swap_out(area.page(6, 4))
+    with fails(EINVAL):
+        collapse(area.range)
+    expect(pmd_mapped(area.range), 0, "bytes mapped by huge pages")
+    Pagemap.expect_protected(area, {7, 8}, "after MADV_COLLAPSE")
+    expect_sweep(uffd, area, {7, 8}, AGAINST_ACCESS)
     area.expect_pattern_of(area)
 
 

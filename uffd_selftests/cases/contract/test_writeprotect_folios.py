@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    AGAINST_WRITES, ANON, FOLIOS, SHMEM, WRITEPROTECT, Context, Feature, folio_forked, folio_forked_event,
-    folio_migrated, folio_mprotected, folio_parts, folio_remapped, folio_remapped_event, folio_swapped,
-    folio_unregistered, folio_zapped, folios,
+    AGAINST_WRITES, ANON, ASYNC, FOLIOS, SHMEM, WRITEPROTECT, Context, Feature, folio_async, folio_forked,
+    folio_forked_event, folio_migrated, folio_mprotected, folio_parts, folio_remapped, folio_remapped_event,
+    folio_swapped, folio_unregistered, folio_zapped, folios,
 )  # fmt: skip
 
 @uffd_case(
@@ -158,3 +158,18 @@ def test_writeprotect_folio_unregister(ctx: Context, variant: str) -> None:
 def test_writeprotect_folio_migrated(ctx: Context, variant: str) -> None:
     """Of folios protected in part each page is as it was in other memory."""
     folio_migrated(ctx, folios(ctx, variant), AGAINST_WRITES)
+
+
+@uffd_case(
+    "writeprotect-folio-async",
+    mem=(ANON, SHMEM),
+    variants=FOLIOS,
+    features=ASYNC,
+    needs=("thp",),
+    pages=1,
+    rows=("AS-01", "WP-24"),
+    kind=Kind.DETAIL,
+)
+def test_writeprotect_folio_async(ctx: Context, variant: str) -> None:
+    """Of folios protected in part, without anybody being told, a write frees just its page."""
+    folio_async(ctx, folios(ctx, variant), AGAINST_WRITES)
