@@ -22,7 +22,7 @@ ENDLESS_SECONDS = 0.5
 NEVER_ENDS = Defect(
     id="D-WP-37",
     summary="MADV_GUARD_INSTALL over write-protected pages of a file never ends; the process can be killed",
-    kernels="7.3.4",
+    kernels="6.18.15, 7.3.4",
     advice="un-protect and drop the pages before guards are put there",
     shows=r"expected MADV_GUARD_INSTALL to end",
 )

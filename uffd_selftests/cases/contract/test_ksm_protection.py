@@ -52,7 +52,7 @@ def merged_area(ctx: Context) -> Area:
 MERGED_AWAY = Defect(
     id="D-WP-38",
     summary="a protected page that is merged with an equal one (KSM) loses its protection: nobody is told of writes",
-    kernels="7.3.4",
+    kernels="6.18.15, 7.3.4",
     advice="advise memory that is watched MADV_UNMERGEABLE before it is registered",
     shows=r"after merging: expected PM_UFFD_WP in pagemap on exactly these pages: 1-2, 4-5, got ",
 )

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    AGAINST_ACCESS, ANON, ASYNC_RWP, FOLIOS, SHMEM, SMALL_FOLIOS, SYNC_RWP, Context, Feature, folio_async, folio_forked,
-    folio_forked_event, folio_migrated, folio_mprotected, folio_parts, folio_remapped, folio_remapped_event,
-    folio_swapped, folio_unregistered, folio_zapped, folios,
+    AGAINST_ACCESS, ANON, ASYNC_RWP, FOLIOS, MISSING, MOVE, RWP, SHMEM, SMALL_FOLIOS, SYNC_RWP, Advice, Context,
+    Feature, Pagemap, advise, expect_sweep, folio_async, folio_forked, folio_forked_event, folio_migrated,
+    folio_mprotected, folio_parts, folio_remapped, folio_remapped_event, folio_swapped, folio_unregistered,
+    folio_zapped, folios, halves_protected, promise,
 )  # fmt: skip
 
 
@@ -324,3 +325,38 @@ def test_rwprotect_folio_async(ctx: Context, variant: str) -> None:
 def test_rwprotect_folio_async_shared(ctx: Context, variant: str) -> None:
     """Of shared folios protected in part, without anybody being told, an access frees just its page."""
     folio_async(ctx, folios(ctx, variant), AGAINST_ACCESS)
+
+
+@uffd_case(
+    "rwprotect-folio-uffd-move",
+    mem=(ANON,),
+    variants=FOLIOS,
+    features=SYNC_RWP | MOVE,
+    needs=("thp",),
+    pages=1,
+    rows=("MV-29", "MV-30", "RW-44"),
+    kind=Kind.DETAIL,
+)
+def test_rwprotect_folio_uffd_move(ctx: Context, variant: str) -> None:
+    """Of folios protected in part UFFDIO_MOVE takes a part: free where nothing is watched, else all of it protected."""
+    for mode in (MISSING, MISSING | RWP):
+        area, uffd = folios(ctx, variant), ctx.uffd
+        place = ctx.allocate(area.nr_pages)
+        advise(place.range, Advice.NOHUGEPAGE)
+        pages = halves_protected(ctx, area, AGAINST_ACCESS)
+        uffd.register(place.range, mode)
+        first, count = area.nr_pages // 8, area.nr_pages - 3 * (area.nr_pages // 8)
+        uffd.move(place.page(first).start, area.page(first).start, count * area.page_size)
+        taken = set(range(first, first + count))
+        with promise("MV-30" if mode is MISSING else "MV-29"):
+            Pagemap.expect_protected(place, taken if RWP in mode else (), "at the new place")
+            Pagemap.expect_present(place, *taken)
+            Pagemap.expect_present(area, *set(range(area.nr_pages)) - taken)
+            Pagemap.expect_protected(area, pages - taken, "left behind")
+            uffd.zeropage(place.page(0, first))
+            uffd.zeropage(place.page(first + count, area.nr_pages - first - count))
+            expect_sweep(uffd, place, taken if RWP in mode else (), AGAINST_ACCESS, write=False)
+            place.expect_pattern_of(area, first, count)
+        uffd.unregister(area.range)
+        area.expect_pattern_of(area, 0, first)
+        area.expect_pattern_of(area, first + count)
