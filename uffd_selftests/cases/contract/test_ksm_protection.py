@@ -64,6 +64,7 @@ def check_merging(ctx: Context, guard: Protection) -> None:
     uffd.register(area.range, guard.mode)
     pages = {1, 2, 4, 5}
     guard.set(uffd, area, pages)
+    Pagemap.expect_protected(area, pages, "before merging")
     with merging(ctx):
         let_merge(area, lambda: merged(area, *EQUAL))
         uffd.expect_no_message()

@@ -194,6 +194,7 @@ def test_rwprotect_swap_shared(ctx: Context) -> None:
     """Pages of shared memory stay protected when they are swapped out, which takes them out of the mapping."""
     area, uffd = rwp_filled(ctx), ctx.uffd
     uffd.rwprotect(area.page(1, 2))
+    Pagemap.expect_protected(area, {1, 2}, "of pages in memory")
 
     def gone() -> bool:
         advise(area.range, Advice.PAGEOUT)

@@ -376,6 +376,7 @@ def test_rwprotect_collapse_alias(ctx: Context) -> None:
     uffd.register(area.range, RWP)
     pages = {3, 4, area.nr_pages - 1}
     AGAINST_ACCESS.set(uffd, area, pages)
+    Pagemap.expect_protected(area, pages, "after protecting some pages")
     with suppress(KernelError):  # it may be refused
         collapse(area.alias)
     expect_same(area.alias.start + 8 * PAGE_SIZE, area.page(8).start, PAGE_SIZE, "page 8 through either mapping")
