@@ -149,12 +149,24 @@ def folios(ctx: Context, variant: str, count: int = 2) -> Area:
 # ---- each page looked at -------------------------------------------------------------------------------------------
 
 
-def expect_sweep(uffd: Uffd, area: Area, pages: Iterable[int], guard: Protection, *, write: bool = True) -> None:
+MOST = 64
+"""So many faults of a sweep tell enough, where a huge page would have several hundred."""
+
+
+def expect_sweep(
+    uffd: Uffd, area: Area, pages: Iterable[int], guard: Protection, *, write: bool = True, most: int = MOST
+) -> None:
     """Assert that of all pages of an area, accessed one after another, exactly these are trapped, each once.
 
     Each is let go on by itself. Afterwards no page is protected, nothing is queued, and nobody waits. A write stores
-    the first bytes of the area's pattern.
+    the first bytes of the area's pattern. Where there are more than ``most`` pages, those in the middle are let go
+    first, in one request.
     """
+    pages = sorted(pages)
+    if len(pages) > most:
+        guard.lift(uffd, area, pages[most // 2 : len(pages) - most // 2])
+        pages = pages[: most // 2] + pages[len(pages) - most // 2 :]
+        Pagemap.expect_protected(area, pages, "when those in the middle were let go")
     flags = guard.trapped_write if write else guard.trapped_read
     access = "write" if write else "read"
     trapped: list[int] = []
@@ -204,6 +216,9 @@ def _page_of(area: Area, message: Message, flags: PagefaultFlag | None, access: 
 def expect_bytes_kept(area: Area, of: Area, *, but: Iterable[int] = ()) -> None:
     """Assert that every page but these holds what ``of`` was filled with, to the last byte."""
     out = set(but)
+    if not out:
+        area.expect_pattern_of(of)
+        return
     for page in range(area.nr_pages):
         if page not in out:
             area.expect_pattern_of(of, page, 1)
@@ -283,7 +298,7 @@ def folio_forked(ctx: Context, area: Area, guard: Protection) -> None:
         channel.receive()  # the parent has written to every page
         if not ctx.mem.shared:
             area.expect_pattern_of(area)
-            for page in range(area.nr_pages):
+            for page in _some(area):
                 poke(area.page(page).start, bytes([page & 0xFF]) * 8)
 
     with Child(child) as process:
@@ -291,11 +306,11 @@ def folio_forked(ctx: Context, area: Area, guard: Protection) -> None:
         uffd.expect_no_message()
         Pagemap.expect_protected(area, pages, "in the parent, after fork")
         expect_sweep(uffd, area, pages, guard)
-        for page in range(area.nr_pages):
+        for page in _some(area):
             poke(area.page(page).start, NEW)
         process.send()
         process.wait()
-    seen = [page for page in range(area.nr_pages) if peek(area.page(page).start, len(NEW)) != NEW]
+    seen = [page for page in _some(area) if peek(area.page(page).start, len(NEW)) != NEW]
     expect(page_numbers(seen), "none", "pages of the parent without what it wrote")
     uffd.expect_no_message()
 
@@ -307,21 +322,23 @@ def folio_forked_event(ctx: Context, area: Area, guard: Protection) -> None:
     """
     pages = halves_protected(ctx, area, guard)
 
-    data = _first_bytes(area)
+    data, used = _first_bytes(area), set(_some(area))
 
     def child(_: Channel) -> None:
         Pagemap.expect_protected(area, pages, "in the child")
         expect_modes(area.range, guard.mode)
-        _store(area, data)
-        Pagemap.expect_protected(area, (), "in the child, when each page was let go")
-        area.expect_pattern_of(area)
+        for page in used:
+            poke(area.page(page).start, data[page])
+        Pagemap.expect_protected(area, pages - used, "in the child, when each page that it used was let go")
+        for page in used:
+            area.expect_pattern_of(area, page, 1)
 
     with ctx.handler(src=None, where=area.range, log_size=area.nr_pages + 8) as handler, Child(child):
         pass
     forked, *faults = handler.messages
     expect(isinstance(forked, Forked), True, "whether the first message is UFFD_EVENT_FORK")
     trapped = [_page_of(area, message, guard.trapped_write, "write in the child") for message in faults]
-    expect(page_numbers(trapped), page_numbers(pages), "pages on which a write in the child is trapped")
+    expect(page_numbers(trapped), page_numbers(pages & used), "pages on which a write in the child is trapped")
     Pagemap.expect_protected(area, pages, "in the parent, after the child's end")
     expect_sweep(ctx.uffd, area, pages, guard)
     area.expect_pattern_of(area)
@@ -348,9 +365,16 @@ def folio_swapped(ctx: Context, area: Area, guard: Protection) -> None:
 
 
 def _moved_part(area: Area) -> tuple[int, int]:
-    """Return the first page and the count of a part that cuts both folios, and their protected halves."""
-    part = area.nr_pages // 8
-    return part, area.nr_pages - 3 * part
+    """Return the first page and the count of a part that cuts both folios, and the protected half of the first."""
+    first = area.nr_pages // 4 + area.nr_pages // 8
+    return first, area.nr_pages - area.nr_pages // 8 - first
+
+
+def _some(area: Area) -> list[int]:
+    """Return all pages of an area, or of a large one some, its ends and those around its middle among them."""
+    half, step = area.nr_pages // 2, max(1, area.nr_pages // MOST)
+    chosen = {*range(0, area.nr_pages, step), half - 2, half - 1, half + 1, area.nr_pages - 1}
+    return sorted(chosen)
 
 
 def folio_remapped(ctx: Context, area: Area, guard: Protection) -> None:
@@ -365,8 +389,9 @@ def folio_remapped(ctx: Context, area: Area, guard: Protection) -> None:
     rest = set(range(area.nr_pages)) - set(range(first, first + count))
     for page in rest:
         Pagemap.expect_uffd_wp(area.page(page).start, page in pages, f"page {page}, left behind")
-    area.expect_pattern_of(area, 0, first)
     uffd.expect_no_message()
+    guard.lift(uffd, area, (page for page in rest if page < first))
+    area.expect_pattern_of(area, 0, first)
 
 
 def folio_remapped_event(ctx: Context, area: Area, guard: Protection) -> None:

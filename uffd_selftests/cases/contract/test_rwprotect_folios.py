@@ -345,7 +345,7 @@ def test_rwprotect_folio_uffd_move(ctx: Context, variant: str) -> None:
         advise(place.range, Advice.NOHUGEPAGE)
         pages = halves_protected(ctx, area, AGAINST_ACCESS)
         uffd.register(place.range, mode)
-        first, count = area.nr_pages // 8, area.nr_pages - 3 * (area.nr_pages // 8)
+        first, count = area.nr_pages // 4 + area.nr_pages // 8, area.nr_pages // 2
         uffd.move(place.page(first).start, area.page(first).start, count * area.page_size)
         taken = set(range(first, first + count))
         with promise("MV-30" if mode is MISSING else "MV-29"):
@@ -357,6 +357,6 @@ def test_rwprotect_folio_uffd_move(ctx: Context, variant: str) -> None:
             uffd.zeropage(place.page(first + count, area.nr_pages - first - count))
             expect_sweep(uffd, place, taken if RWP in mode else (), AGAINST_ACCESS, write=False)
             place.expect_pattern_of(area, first, count)
-        uffd.unregister(area.range)
+        uffd.resolve(area.range)
         area.expect_pattern_of(area, 0, first)
         area.expect_pattern_of(area, first + count)
