@@ -309,17 +309,18 @@ def test_rwprotect_counts(ctx: Context) -> None:
     area.fill(0, 4)  # the last page is missing
     uffd.register(area.range, RWP)
     before, places = counts(area.range), frames(area, *range(5))
-    steps: dict[str, Callable[[], None]] = {
-        "protect": lambda: uffd.rwprotect(area.page(1, 4)),
-        "protect again": lambda: uffd.rwprotect(area.range),
-        "resolve": lambda: uffd.resolve(area.page(2, 3)),
-        "resolve the rest": lambda: uffd.resolve(area.range),
-        "protect all": lambda: uffd.rwprotect(area.range),
-        "unregister": lambda: uffd.unregister(area.range),
+    steps: dict[str, tuple[Callable[[], None], set[int]]] = {
+        "protect": (lambda: uffd.rwprotect(area.page(1, 4)), {1, 2, 3}),
+        "protect again": (lambda: uffd.rwprotect(area.range), {0, 1, 2, 3}),
+        "resolve": (lambda: uffd.resolve(area.page(2, 3)), {0, 1}),
+        "resolve the rest": (lambda: uffd.resolve(area.range), set()),
+        "protect all": (lambda: uffd.rwprotect(area.range), {0, 1, 2, 3}),
+        "unregister": (lambda: uffd.unregister(area.range), set()),
     }
-    for what, step in steps.items():
+    for what, (step, protected) in steps.items():
         step()
         with promise("RW-71", what):
+            Pagemap.expect_protected(area, protected, "pages")
             expect(counts(area.range), before, "counts")
             expect(frames(area, *range(5)) == places, True, "whether the frames are the same")
     area.expect_pattern_of(area, 0, 4)
