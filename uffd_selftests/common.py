@@ -13,6 +13,7 @@ from uffd_selftests.abi.uapi import *
 from uffd_selftests.machine.facts import DEVICE as DEVICE
 from uffd_selftests.machine.facts import THP as THP
 from uffd_selftests.machine.hugepages import hugepage_sizes as hugepage_sizes
+from uffd_selftests.machine.hugepages import hugepages as hugepages
 from uffd_selftests.machine.hugepages import lack_of_hugepages as lack_of_hugepages
 from uffd_selftests.machine.settings import Sysctl as Sysctl
 from uffd_selftests.mem_types import *
@@ -25,6 +26,7 @@ from uffd_selftests.toolkit.events import *
 from uffd_selftests.toolkit.expectations import *
 from uffd_selftests.toolkit.faulting import *
 from uffd_selftests.toolkit.files import *
+from uffd_selftests.toolkit.folios import *
 from uffd_selftests.toolkit.handle import *
 from uffd_selftests.toolkit.handler import *
 from uffd_selftests.toolkit.hugetlb import *
@@ -33,8 +35,10 @@ from uffd_selftests.toolkit.ia32 import *
 from uffd_selftests.toolkit.iouring import *
 from uffd_selftests.toolkit.kernelside import *
 from uffd_selftests.toolkit.kinds import *
+from uffd_selftests.toolkit.ksm import *
 from uffd_selftests.toolkit.memory import *
 from uffd_selftests.toolkit.messages import *
+from uffd_selftests.toolkit.migration import *
 from uffd_selftests.toolkit.mixtures import *
 from uffd_selftests.toolkit.pagemap import *
 from uffd_selftests.toolkit.pins import *

@@ -36,6 +36,7 @@ _NUMBERS = {
     "madvise": (28, 233),
     "map_shadow_stack": (453, 453),
     "memfd_secret": (447, 447),
+    "mincore": (27, 232),
     "mlock": (149, 228),
     "mlock2": (325, 284),
     "mlockall": (151, 230),
