@@ -23,6 +23,8 @@ from uffd_selftests.toolkit.memory import (
     Advice,
     Range,
     advise,
+    default_hugepage_size,
+    drops_hugepages,
     map_memory,
     unmap,
 )
@@ -54,14 +56,6 @@ class Backing(Enum):
     ANON = "anon"
     SHMEM = "shmem"
     HUGETLB = "hugetlb"
-
-
-def default_hugepage_size() -> int:
-    """Return the default huge page size in bytes, ``Hugepagesize`` of /proc/meminfo; 0 without hugetlb."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("Hugepagesize:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def pmd_size() -> int:
@@ -230,7 +224,11 @@ class Area:
 
     def release(self) -> None:
         """Free the pages, so that every one is missing again: MADV_REMOVE on shared memory, else MADV_DONTNEED."""
-        advise(self.range, Advice.REMOVE if self.mem.shared else Advice.DONTNEED)
+        if self.mem.hugetlb and not self.mem.shared and self.fd is not None and not drops_hugepages():
+            os.ftruncate(self.fd, 0)  # which takes a private mapping's own huge pages along
+            os.ftruncate(self.fd, self.range.len)
+        else:
+            advise(self.range, Advice.REMOVE if self.mem.shared else Advice.DONTNEED)
 
     def close(self) -> None:
         """Unmap everything and close the memfd."""

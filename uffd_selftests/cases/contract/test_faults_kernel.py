@@ -123,7 +123,7 @@ NO_SIGNAL = Defect(
 )
 
 
-@uffd_case("faults-umo-signal", mem=(ANON,), pages=1, rows=("FL-09",), defect=NO_SIGNAL)
+@uffd_case("faults-umo-signal", mem=(ANON,), needs=("user_mode_only",), pages=1, rows=("FL-09",), defect=NO_SIGNAL)
 def test_faults_umo_signal(ctx: Context) -> None:
     """With UFFD_USER_MODE_ONLY a system call that meets a missing page raises SIGBUS."""
     ctx.uffd.register(ctx.dst.range, MISSING)
@@ -134,7 +134,7 @@ def test_faults_umo_signal(ctx: Context) -> None:
     expect(signals, [signal.SIGBUS], "signals of a read(2) into a missing page")
 
 
-@uffd_case("faults-umo", mem=ALL, pages=2, rows=("FL-08",))
+@uffd_case("faults-umo", mem=ALL, needs=("user_mode_only",), pages=2, rows=("FL-08",))
 def test_faults_umo(ctx: Context) -> None:
     """With UFFD_USER_MODE_ONLY faults of user space are told as always."""
     with Uffd.open(flags=DEFAULT_FLAGS) as uffd:
@@ -144,7 +144,14 @@ def test_faults_umo(ctx: Context) -> None:
                 uffd.copy(ctx.dst.page(number).start, ctx.src.start, ctx.page_size)
 
 
-@uffd_case("faults-umo-syscalls", mem=ALL, pages=2, rows=("FL-09", "FL-10"), kind=Kind.DETAIL)
+@uffd_case(
+    "faults-umo-syscalls",
+    mem=ALL,
+    needs=("user_mode_only",),
+    pages=2,
+    rows=("FL-09", "FL-10"),
+    kind=Kind.DETAIL,
+)
 def test_faults_umo_syscalls(ctx: Context) -> None:
     """With UFFD_USER_MODE_ONLY a system call that meets a missing page fails, and no message tells of it."""
     ctx.uffd.register(ctx.dst.range, MISSING)

@@ -12,10 +12,11 @@ from functools import partial
 
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, HUGETLB, MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MISSING, NOT_HUGETLB, SHMEM, UNREGISTERED, UNTOUCHED, WP,
-    WRITE, Advice, Channel, Child, Context, Feature, IoUring, KernelError, MemType, PagefaultFlag, Range, Skip, Uffd,
-    UffdError, Waiter, advise, errno_name, eventually, expect, expect_bytes, expect_modes, expect_served, faulting,
-    map_memory, monitored, orphaned, outcome, peek, poke, promise, refuses, syscalls, touch, uapi, undisturbed, unmap,
+    ALL, ANON, HUGETLB, MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MISSING, NOT_HUGETLB, SHMEM, UNREGISTERED, UNTOUCHED,
+    USER_MODE_ONLY, WP, WRITE, Advice, Channel, Child, Context, Feature, IoUring, KernelError, MemType, PagefaultFlag,
+    Range, Skip, Uffd, UffdError, Waiter, advise, errno_name, eventually, expect, expect_bytes, expect_modes,
+    expect_served, faulting, map_memory, monitored, orphaned, outcome, peek, poke, promise, refuses, syscalls, touch,
+    uapi, undisturbed, unmap,
 )  # fmt: skip
 
 WITH_KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK
@@ -159,7 +160,7 @@ def test_process_exec(ctx: Context) -> None:
     script = requests(ctx)
 
     def target(channel: Channel) -> None:
-        uffd = Uffd.open(flags=os.O_NONBLOCK | uapi.UFFD_USER_MODE_ONLY)
+        uffd = Uffd.open(flags=os.O_NONBLOCK | USER_MODE_ONLY)
         uffd.register(ctx.dst.range, MISSING)
         os.set_inheritable(report, True)
         words = [f"{request}:{bytes(given).hex()}" for request, given, _ in script]
