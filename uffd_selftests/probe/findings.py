@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -271,6 +272,8 @@ def _dontunmap() -> str | None:
             new = remap(old, flags=MREMAP_MAYMOVE | MREMAP_DONTUNMAP)
         except OSError as error:
             return errno_name(error.errno or 0)
+        except Skip:  # remap() knows why
+            return errno_name(errno.EINVAL)
         unmap(Range(new, old.len))
     return None
 

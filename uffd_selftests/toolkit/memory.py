@@ -185,6 +185,8 @@ def remap(where: Range, new_len: int | None = None, *, to: int | None = None, fl
     except KernelError as error:
         if error.errno in (errno.EINVAL, errno.EFAULT) and not moves_hugepages() and is_hugetlb(where.start):
             raise Skip(f"{error}: kernel cannot move huge pages (Linux 5.16)") from None
+        if flags & MREMAP_DONTUNMAP and error.errno == errno.EINVAL and not keeps_shared_place():
+            raise Skip(f"{error}: kernel has MREMAP_DONTUNMAP for anonymous memory alone (Linux 5.13)") from None
         raise
 
 
@@ -205,6 +207,16 @@ def advise(where: Range, advice: Advice) -> None:
         ):
             raise Skip(f"{error}: kernel cannot drop huge pages (Linux 5.18)") from None
         raise
+
+
+@cache
+def keeps_shared_place() -> bool:
+    """Whether MREMAP_DONTUNMAP moves shared memory, as tried."""
+    with mapped(PAGE_SIZE, flags=MAP_SHARED | MAP_ANONYMOUS) as where:
+        answer = lib.uffd_mremap(where.start, where.len, where.len, MREMAP_MAYMOVE | MREMAP_DONTUNMAP, 0)
+        if answer > 0:
+            lib.uffd_munmap(answer, where.len)
+        return bool(answer > 0)
 
 
 def is_hugetlb(address: int) -> bool:

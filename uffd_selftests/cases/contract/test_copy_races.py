@@ -159,6 +159,7 @@ def test_copy_overtaken(ctx: Context) -> None:
     pages=2,
     spare_hugepages=1,
     rows=("CP-32", "CP-22"),
+    bugs=(11,),
     kind=Kind.DETAIL,
 )
 def test_copy_overtaken_in_file(ctx: Context) -> None:
