@@ -50,6 +50,7 @@ __all__ = [
     "protect",
     "default_hugepage_size",
     "drops_hugepages",
+    "knows_advice",
     "moves_hugepages",
     "mmap_min_addr",
     "user_space_end",
@@ -103,6 +104,10 @@ class Advice(IntEnum):
 
     def __str__(self) -> str:
         return f"MADV_{self.name}"
+
+
+NEW_ADVICE = (Advice.POPULATE_READ, Advice.POPULATE_WRITE, Advice.DONTNEED_LOCKED)
+"""What a page of anonymous memory can be given, and not every kernel knows (Linux 5.14 and 5.18)."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +198,7 @@ def remap(where: Range, new_len: int | None = None, *, to: int | None = None, fl
 def advise(where: Range, advice: Advice) -> None:
     """madvise(2). Waits for the event to be read where UFFD_FEATURE_EVENT_REMOVE is on and pages are dropped.
 
-    Raises Skip where MADV_DONTNEED fails because the kernel has none for huge pages.
+    Raises Skip where the kernel does not know that advice, or has no MADV_DONTNEED for huge pages.
     """
     call = f"madvise({where.start:#x}, {where.len}, {advice})"
     try:
@@ -206,7 +211,16 @@ def advise(where: Range, advice: Advice) -> None:
             and is_hugetlb(where.start)
         ):
             raise Skip(f"{error}: kernel cannot drop huge pages (Linux 5.18)") from None
+        if error.errno == errno.EINVAL and not knows_advice(advice):
+            raise Skip(f"{error}: kernel lacks {advice}") from None
         raise
+
+
+@cache
+def knows_advice(advice: Advice) -> bool:
+    """Whether the kernel knows an advice that a page of anonymous memory can be given, as tried on one."""
+    with mapped(PAGE_SIZE, flags=MAP_PRIVATE | MAP_ANONYMOUS) as page:
+        return advice not in NEW_ADVICE or lib.uffd_madvise(page.start, page.len, advice) == 0
 
 
 @cache

@@ -337,6 +337,7 @@ def test_copy_overtaken_by_full_tmpfs(ctx: Context) -> None:
     pages=1,
     spare_hugepages=1,
     rows=("CP-28", "CP-32"),
+    bugs=(12,),
     kind=Kind.DETAIL,
 )
 def test_copy_overtaken_by_empty_pool(ctx: Context) -> None:

@@ -18,7 +18,8 @@ from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
     ALL, ANON, DEFAULT_FLAGS, HUGETLB, KERNEL_FAULTS, MINOR, MINOR_FAULTS, MISSING, SHMEM, WP, WRITE, WRITEPROTECT,
     Advice, Channel, Child, Context, Feature, PagefaultFlag, Range, Skip, Sysctl, Uffd, advise, eventually, expect,
-    fails, faulting, handled, odd_address, peek, poke, promise, syscalls, thread_told, touch_trapped, undisturbed,
+    fails, faulting, handled, knows_advice, odd_address, peek, poke, promise, syscalls, thread_told, touch_trapped,
+    undisturbed,
 )  # fmt: skip
 
 BUS_ADRERR = 2
@@ -92,6 +93,8 @@ def expect_refused_syscalls(row: str, ctx: Context, uffd: Uffd) -> None:
         "MADV_POPULATE_WRITE": (EFAULT, lambda: advise(page, Advice.POPULATE_WRITE)),
         "mlock": (ENOMEM, lambda: syscalls.call("mlock", page.start, page.len)),
     }
+    if not knows_advice(Advice.POPULATE_READ):
+        calls = {name: call for name, call in calls.items() if "POPULATE" not in name}
     with handled(signal.SIGBUS) as signals:
         for name, (number, call) in calls.items():
             with promise(row, name), fails(number):

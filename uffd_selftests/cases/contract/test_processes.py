@@ -15,8 +15,8 @@ from uffd_selftests.common import (
     ALL, ANON, HUGETLB, MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MISSING, NOT_HUGETLB, SHMEM, UNREGISTERED, UNTOUCHED,
     USER_MODE_ONLY, WP, WRITE, Advice, Channel, Child, Context, Feature, IoUring, KernelError, MemType, PagefaultFlag,
     Range, Skip, Uffd, UffdError, Waiter, advise, errno_name, eventually, expect, expect_bytes, expect_modes,
-    expect_served, faulting, map_memory, monitored, orphaned, outcome, peek, poke, promise, refuses, syscalls, touch,
-    uapi, undisturbed, unmap,
+    expect_served, faulting, knows_advice, map_memory, monitored, orphaned, outcome, peek, poke, promise, refuses,
+    syscalls, touch, uapi, undisturbed, unmap,
 )  # fmt: skip
 
 WITH_KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK
@@ -241,13 +241,14 @@ KernelUser = tuple[str, PagefaultFlag, Callable[[Range], object]]
 def kernel_users(mem: MemType) -> list[KernelUser]:
     """What reaches for a page in the kernel: name, flags of its fault, and the call."""
     locking = PagefaultFlag(0) if mem.shared else WRITE
-    return [
+    users: list[KernelUser] = [
         ("process_vm_readv", PagefaultFlag(0), lambda page: syscalls.process_vm_readv(os.getpid(), page.start + 7, 8)),
         ("process_vm_writev", WRITE, lambda page: syscalls.process_vm_writev(os.getpid(), page.start + 7, b"x")),
         ("MADV_POPULATE_READ", PagefaultFlag(0), lambda page: advise(page, Advice.POPULATE_READ)),
         ("MADV_POPULATE_WRITE", WRITE, lambda page: advise(page, Advice.POPULATE_WRITE)),
         ("mlock", locking, lambda page: syscalls.call("mlock", page.start, page.len)),
     ]
+    return [user for user in users if "POPULATE" not in user[0] or knows_advice(Advice.POPULATE_READ)]
 
 
 def expect_waits(ctx: Context, uffd: Uffd, page: Range, flags: PagefaultFlag, call: Callable[[], object]) -> object:
