@@ -12,11 +12,11 @@ from functools import partial
 
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, HUGETLB, MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MISSING, NOT_HUGETLB, SHMEM, UNREGISTERED, UNTOUCHED,
-    USER_MODE_ONLY, WP, WRITE, Advice, Channel, Child, Context, Feature, IoUring, KernelError, MemType, PagefaultFlag,
-    Range, Skip, Uffd, UffdError, Waiter, advise, errno_name, eventually, expect, expect_bytes, expect_modes,
-    expect_served, faulting, knows_advice, map_memory, monitored, orphaned, outcome, peek, poke, promise, refuses,
-    syscalls, touch, uapi, undisturbed, unmap,
+    ALL, ANON, HUGETLB, MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MINOR_FAULTS, MISSING, NOT_HUGETLB, SHMEM, UNREGISTERED,
+    UNTOUCHED, USER_MODE_ONLY, WP, WRITE, Advice, Channel, Child, Context, Feature, IoUring, KernelError, MemType,
+    PagefaultFlag, Range, Skip, Uffd, UffdError, Waiter, advise, errno_name, eventually, expect, expect_bytes,
+    expect_modes, expect_served, faulting, knows_advice, map_memory, monitored, orphaned, outcome, peek, poke, promise,
+    refuses, syscalls, touch, uapi, undisturbed, unmap,
 )  # fmt: skip
 
 WITH_KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK
@@ -100,13 +100,14 @@ def requests(ctx: Context) -> list[tuple[int, Structure, int]]:
     found: list[tuple[int, Structure, int]] = [
         (uapi.UFFDIO_COPY, uapi.uffdio_copy(start, src, length, 0, UNTOUCHED), ESRCH),
         (uapi.UFFDIO_ZEROPAGE, uapi.uffdio_zeropage(where, 0, UNTOUCHED), ESRCH),
-        (uapi.UFFDIO_CONTINUE, uapi.uffdio_continue(where, 0, UNTOUCHED), ESRCH),
         (uapi.UFFDIO_WRITEPROTECT, uapi.uffdio_writeprotect(where, uapi.WriteprotectMode.WP), ESRCH),
         (uapi.UFFDIO_WRITEPROTECT, uapi.uffdio_writeprotect(where, 0), ESRCH),
         (uapi.UFFDIO_REGISTER, uapi.uffdio_register(where, MISSING, UNTOUCHED & (1 << 64) - 1), ENOMEM),
         (uapi.UFFDIO_UNREGISTER, where, ENOMEM),
         (uapi.UFFDIO_WAKE, where, 0),
     ]
+    if ctx.uffd.offered & MINOR_FAULTS:
+        found.append((uapi.UFFDIO_CONTINUE, uapi.uffdio_continue(where, 0, UNTOUCHED), ESRCH))
     if Feature.POISON in ctx.uffd.offered:
         found.append((uapi.UFFDIO_POISON, uapi.uffdio_poison(where, 0, UNTOUCHED), ESRCH))
     if Feature.MOVE in ctx.uffd.offered:  # it looks first whether the memory is the caller's own
