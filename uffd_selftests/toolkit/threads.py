@@ -55,6 +55,9 @@ WCHAN_SHOWN = _wchan_shown()
 """Whether /proc/PID/wchan names the function in which a thread sleeps (CONFIG_KALLSYMS)."""
 
 
+FUTEX_WAKE = 1
+
+
 class Waiter:
     """A thread that makes one call which is expected to sleep in the kernel, in a ``with`` block.
 
@@ -131,11 +134,12 @@ class Waiter:
 
     @property
     def _in_futex(self) -> bool:
-        """Whether the thread waits in futex(2), as for the interpreter's lock."""
+        """Whether the thread waits in futex(2), as for the interpreter's lock; who wakes others does not wait there."""
         try:
-            return Path(f"/proc/self/task/{self.tid}/syscall").read_text().split()[0] == str(syscalls.number("futex"))
+            call = Path(f"/proc/self/task/{self.tid}/syscall").read_text().split()
         except OSError:
             return False
+        return call[0] == str(syscalls.number("futex")) and int(call[2], 16) & 0x7F != FUTEX_WAKE
 
     @property
     def cpu_time(self) -> float:
