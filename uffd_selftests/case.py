@@ -88,6 +88,9 @@ class Case:
     smp: bool = False
     """Let the case run on every CPU. The others are kept on one: a fault is then a switch to the handler and back
     instead of two wake-ups of a sleeping CPU, which takes several times longer."""
+    deadline: float = 0
+    """Seconds after which it is killed, if that is before --deadline; for what takes moments, or for ever where a
+    known bug is, so that nobody waits for it long. --deadline-scale counts here, too."""
     may_hang_kernel: bool = False
     """A kernel with the bug leaves a process that nothing can end: it runs last, and only with --may-hang-kernel."""
     stress: bool = False
@@ -114,6 +117,7 @@ def uffd_case(
     kind: Kind = Kind.PROMISE,
     defect: Defect | None = None,
     smp: bool = False,
+    deadline: float = 0,
     may_hang_kernel: bool = False,
     stress: bool = False,
 ) -> Callable[[F], F]:
@@ -133,6 +137,7 @@ def uffd_case(
         kind=kind,
         defect=defect,
         smp=smp,
+        deadline=deadline,
         may_hang_kernel=may_hang_kernel,
         stress=stress,
     )

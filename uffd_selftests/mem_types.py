@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,9 @@ from uffd_selftests.toolkit.memory import (
     Advice,
     Range,
     advise,
+    default_hugepage_size,
+    drops_hugepages,
+    knows_advice,
     map_memory,
     unmap,
 )
@@ -54,14 +58,6 @@ class Backing(Enum):
     ANON = "anon"
     SHMEM = "shmem"
     HUGETLB = "hugetlb"
-
-
-def default_hugepage_size() -> int:
-    """Return the default huge page size in bytes, ``Hugepagesize`` of /proc/meminfo; 0 without hugetlb."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("Hugepagesize:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def pmd_size() -> int:
@@ -205,8 +201,8 @@ class Area:
     def fill(self, first: int = 0, count: int | None = None) -> None:
         """Write the area's pattern into pages ``first`` to ``first + count - 1``; by default all."""
         count = self.nr_pages - first if count is None else count
-        if count >= POPULATE_PAGES:
-            with suppress(KernelError):  # one call instead of a fault a page, if the kernel (5.14) and the range allow
+        if count >= POPULATE_PAGES and knows_advice(Advice.POPULATE_WRITE):
+            with suppress(KernelError):  # one call instead of a fault a page, if the range allows
                 advise(self.page(first, count), Advice.POPULATE_WRITE)
         self.pattern.fill(self.start, first, count)
 
@@ -230,7 +226,20 @@ class Area:
 
     def release(self) -> None:
         """Free the pages, so that every one is missing again: MADV_REMOVE on shared memory, else MADV_DONTNEED."""
-        advise(self.range, Advice.REMOVE if self.mem.shared else Advice.DONTNEED)
+        if self.mem.hugetlb and not self.mem.shared and self.fd is not None and not drops_hugepages():
+            self._empty_file()  # which takes a private mapping's own huge pages along
+            return
+        try:
+            advise(self.range, Advice.REMOVE if self.mem.shared else Advice.DONTNEED)
+        except KernelError as error:  # of what is mapped to be read only, as some kernels have it
+            if error.errno != errno.EACCES:
+                raise
+            self._empty_file()
+
+    def _empty_file(self) -> None:
+        if self.fd is not None:
+            os.ftruncate(self.fd, 0)
+            os.ftruncate(self.fd, self.range.len)
 
     def close(self) -> None:
         """Unmap everything and close the memfd."""

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from uffd_selftests import cli as command
-from uffd_selftests.harness.settings import duration
+from uffd_selftests.case import Case
+from uffd_selftests.harness.settings import Settings, duration
 
 if TYPE_CHECKING:
     from tests.conftest import Starter
@@ -20,6 +22,15 @@ def test_duration_is_read() -> None:
     for text in ("fast", "1d", "-3s", "1.5h"):
         with pytest.raises(ValueError, match="is not a duration like 90s, 10m or 1h30m"):
             duration(text)
+
+
+def test_deadline_of_a_case() -> None:
+    """A case may have a shorter deadline than the others, never a longer one; an emulator counts for both."""
+    emulated: Any = SimpleNamespace(deadline=240.0, deadline_scale=8.0, duration=60.0)
+    expected = {None: 240.0, Case("plain"): 240.0, Case("long", stress=True): 300.0, Case("brief", deadline=5): 40.0}
+    assert {case: Settings.deadline_of(emulated, case) for case in expected} == expected
+    hurried: Any = SimpleNamespace(deadline=2.0, deadline_scale=8.0, duration=0.0)
+    assert Settings.deadline_of(hurried, Case("brief", deadline=5)) == 2.0
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,16 @@ def test_missing_features(facts: Facts) -> None:
             "vm.unprivileged_userfaultfd is 0: run as root, or set it to 1, or get access to /dev/userfaultfd",
         ),
         (
+            {"access": {"syscall": None, "syscall-user-mode-only": "EINVAL", "device": "ENOENT"}},
+            "user_mode_only",
+            "kernel lacks UFFD_USER_MODE_ONLY (Linux 5.11)",
+        ),
+        (
+            {"access": {"syscall": "EPERM", "syscall-user-mode-only": None, "device": "ENOENT"}},
+            "user_mode_only",
+            None,
+        ),
+        (
             {"access": {"syscall": "EMFILE", "syscall-user-mode-only": "EMFILE", "device": "EMFILE"}},
             "kernel_faults",
             "userfaultfd(2): EMFILE; /dev/userfaultfd: EMFILE",

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,32 +41,36 @@ def test_build_tree(tmp_path: Path) -> None:
     assert images.find(str(tmp_path), "x86_64") == images.Kernel(image, release, tmp_path, tmp_path, release)
 
 
-def write_package(folder: Path, *files: str) -> Path:
-    """Build a Debian package with these files, which are kernels if they are below boot."""
-    if not shutil.which("dpkg-deb"):
-        pytest.skip("no dpkg-deb: apt-get install dpkg")
-    control = folder / "content/DEBIAN/control"
-    for name in files:
-        write_image(folder / "content" / name)
-    control.parent.mkdir(parents=True)
-    control.write_text("Package: linux\nVersion: 1\nArchitecture: all\nMaintainer: me <me@x>\nDescription: none\n")
-    subprocess.run(["dpkg-deb", "-b", "content", "linux.deb"], cwd=folder, check=True, capture_output=True)
-    return folder / "linux.deb"
+def test_folder_of_modules(tmp_path: Path) -> None:
+    """Since Linux 6.19 Debian's packages have the image beside its modules: either folder is named."""
+    place = tmp_path / "usr/lib/modules/6.99.0-test"
+    image = write_image(place / "vmlinuz")
+    with pytest.raises(ValueError, match=r"modules are missing: unpack linux-modules-6.99.0-test_\*.deb there, too$"):
+        images.find(str(tmp_path), "x86_64")
+    (place / "kernel").mkdir()
+    for named in (tmp_path, place):
+        kernel = images.find(str(named), "x86_64")
+        assert (kernel.image, kernel.modules, kernel.release) == (image, place.parent, "6.99.0-test")
+    again = write_image(tmp_path / "boot/vmlinuz-6.99.0-test")
+    assert images.find(str(tmp_path), "x86_64").image == again
+    write_image(tmp_path / "usr/lib/modules/6.98.0-test/vmlinuz")
+    with pytest.raises(ValueError, match="name one of vmlinuz-6.99.0-test, usr/lib/modules/6.98.0-test/vmlinuz$"):
+        images.find(str(tmp_path), "x86_64")
 
 
-def test_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Debian package is unpacked once, beside its modules."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    package = write_package(tmp_path, "boot/vmlinuz-6.99.0-test", "lib/modules/6.99.0-test/modules.order")
-    kernel = images.find(str(package), "x86_64")
-    assert (kernel.name, kernel.origin) == ("6.99.0-test", package)
-    root = kernel.image.parent.parent
-    assert kernel.modules == root / "lib/modules"
-    assert (root / "lib/modules/6.99.0-test/modules.order").exists()
-    (root / "mark").touch()
-    assert images.find(str(package), "x86_64") == kernel
-    assert sorted(path.name for path in (tmp_path / "cache/uffd-selftests").iterdir()) == [root.name]
-    assert (root / "mark").exists()
+def test_arm64_folder_of_modules(tmp_path: Path) -> None:
+    """An image that does not tell its release is named by its folder."""
+    place = tmp_path / "usr/lib/modules/6.99.0-16k"
+    (place / "kernel").mkdir(parents=True)
+    (place / "vmlinuz").write_bytes(b"MZ\0\0zimg")
+    assert images.find(str(tmp_path), "arm64").release == "6.99.0-16k"
+
+
+def test_folder_without_image(tmp_path: Path) -> None:
+    """A folder with a kernel's modules alone says which package has the image."""
+    (tmp_path / "usr/lib/modules/6.99.0-test/kernel").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"image is missing: unpack linux-binary-6.99.0-test_\*.deb there, too$"):
+        images.find(str(tmp_path), "x86_64")
 
 
 @pytest.mark.parametrize(
@@ -110,14 +112,6 @@ def test_empty_path(capfd: pytest.CaptureFixture[str]) -> None:
     """An empty path, of a variable that is not set, is not the current folder."""
     assert command.main(["--kernel", ""]) == 2
     assert capfd.readouterr() == ("", "uffd-selftests: --kernel: the path is empty\n")
-
-
-def test_package_without_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Headers or debug symbols are the wrong package, and nothing of them stays."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(ValueError, match="has no boot/vmlinuz-.: name the linux-image package"):
-        images.find(str(write_package(tmp_path, "usr/src/linux-headers-6.99/Makefile")), "x86_64")
-    assert not list((tmp_path / "cache/uffd-selftests").iterdir())
 
 
 def test_names() -> None:

@@ -17,6 +17,12 @@ DISTRIBUTIONS = (
     "",
     "| kernel | package | bugs | failing cases |",
     "|---|---|---|---|",
+    "| 5.10.223 | linux-image-5.10.0-32-amd64-unsigned 5.10.223-1 | 6 | `event-output-field`, `race-fills-events`,"
+    " `race-fills-remaps` |",
+    "| | | 11 | `copy-hugetlb-gives-back`, `copy-hugetlb-beyond-file-gives-back`, `copy-beyond-file`,"
+    " `copy-overtaken-in-file` on hugetlb |",
+    "| | | 12 | `copy-overtaken-by-empty-pool` on hugetlb |",
+    "| | | 62 | `event-holds-up-each` |",
     "| 6.1.192 | linux-image-6.1.0-56-amd64 6.1.192-2 | 6 | `event-output-field`, `continue-beside-remap`,"
     " `race-fills-events`, `race-fills-remaps` |",
     "| | | 55 | `thp-collapse-hole` on shmem |",
@@ -24,6 +30,14 @@ DISTRIBUTIONS = (
     "| | | 57 | `writeprotect-no-table` on shmem |",
     "| | | 58 | `wp-fork`, `writeprotect-fork` on hugetlb-private |",
     "| 6.12.117 | linux-image-6.12.117+deb12-amd64 6.12.117-1~deb12u1 | none | |",
+    "| 6.16.12, 6.17.13, 6.18.15 | linux-image-6.16.12+deb13-amd64 6.16.12-1~bpo13+1, linux-image-6.17.13+deb13-amd64"
+    " 6.17.13-1~bpo13+1, linux-image-6.18.15+deb13-amd64 6.18.15-1~bpo13+1 | 4 | `register-vdso-async` |",
+    "| | | 9 | `copy-against-touch` on hugetlb |",
+    "| | | 34 | `scan-huge-hole` on hugetlb |",
+    "| | | 36 | `async-scan-holes`, `async-scan-no-vector-holes`, `pagemap-hpage` on shmem, `pagemap-sanity`,"
+    " `pagemap-unpopulated-thp` |",
+    "| | | 60 | `move-huge-zeropage` |",
+    "| 6.16.12 alone | | 61 | `writeprotect-thp-split` |",
 )
 
 SHOWS = {"D": "every time", "R": "in a race", "K": "in the log"}

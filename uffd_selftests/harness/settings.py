@@ -196,6 +196,8 @@ class Settings:
 
     def deadline_of(self, case: Case | None) -> float:
         """Return the seconds that a case, or a test that is none, may take."""
+        if case and case.deadline:
+            return min(self.deadline, case.deadline * self.deadline_scale)
         return self.deadline + (self.duration if case and case.stress else 0.0)
 
     def area_bytes_of(self, case: Case | None) -> int:

@@ -67,6 +67,11 @@ def _kernel_faults_reason(facts: Facts) -> str | None:
     return no_userfaultfd(facts) or f"userfaultfd(2): {name}"
 
 
+def _user_mode_only_reason(facts: Facts) -> str | None:
+    missing = facts.access["syscall-user-mode-only"] == "EINVAL"
+    return "kernel lacks UFFD_USER_MODE_ONLY (Linux 5.11)" if missing else None
+
+
 def _swap_reason(facts: Facts) -> str | None:
     return None if facts.swap_total else "no swap space: swapon a file or a zram device"
 
@@ -98,6 +103,7 @@ REQUIREMENTS: dict[str, Callable[[Facts], str | None]] = {
     "syscall": _syscall_reason,
     "device": _device_reason,
     "kernel_faults": _kernel_faults_reason,
+    "user_mode_only": _user_mode_only_reason,
     "gup_test": lambda facts: facts.gup_test,
     "hugetlb": _hugetlb_reason,
     "pagemap": lambda facts: facts.pagemap,

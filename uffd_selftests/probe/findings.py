@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 
 from uffd_selftests.abi.errors import errno_name
-from uffd_selftests.abi.uapi import UFFD_USER_MODE_ONLY, ApiIoctls, Feature
+from uffd_selftests.abi.uapi import ApiIoctls, Feature
 from uffd_selftests.harness.isolation import How, Isolator, Send
 from uffd_selftests.machine.facts import THP, Facts, probe
 from uffd_selftests.machine.hugepages import HugepageCounts, HugepagePool, hugepages
@@ -22,7 +23,7 @@ from uffd_selftests.probe.questions import QUESTIONS
 from uffd_selftests.probe.trials import BY_MEMORY, OF_HANDLE, Stage, Trial
 from uffd_selftests.toolkit.access import AccessError
 from uffd_selftests.toolkit.expectations import DEADLINE, Skip
-from uffd_selftests.toolkit.handle import DEFAULT_FLAGS, Uffd
+from uffd_selftests.toolkit.handle import DEFAULT_FLAGS, KERNEL_FAULTS, Uffd
 from uffd_selftests.toolkit.memory import (
     MAP_ANONYMOUS,
     MAP_SHARED,
@@ -162,7 +163,7 @@ def look() -> Findings:
 
 def _try(isolator: Isolator, trial: Trial, mem: MemType, facts: Facts, *, use: bool = True) -> Outcome:
     """Do one trial in a process of its own; without use only register."""
-    flags = _flags(facts, trial.kernel_faults)
+    flags = KERNEL_FAULTS if trial.kernel_faults else DEFAULT_FLAGS
     ending = isolator.run(
         lambda send: send(_attempt(trial, mem, flags, use=use).to_plain()), deadline=DEADLINE_OF_TRIAL
     )
@@ -190,28 +191,20 @@ def _attempt(trial: Trial, mem: MemType, flags: int, *, use: bool) -> Outcome:
     return Outcome(Answer.WORKS, offered, detail=said if isinstance(said, str) else "")
 
 
-def _flags(facts: Facts, kernel_faults: bool) -> int:
-    """Return flags for userfaultfd(2) that need the least privilege."""
-    if kernel_faults or facts.access["syscall-user-mode-only"] == "EINVAL":  # before Linux 5.11
-        return DEFAULT_FLAGS & ~UFFD_USER_MODE_ONLY
-    return DEFAULT_FLAGS
-
-
 # ---- features ------------------------------------------------------------------------------------------------------
 
 
 def _features(isolator: Isolator, facts: Facts) -> tuple[ApiIoctls, tuple[FeatureFinding, ...]]:
     """Ask what is offered and enable each bit alone, every time on a fresh descriptor."""
-    flags = _flags(facts, False)
 
     def ask(offered: Feature) -> Iterator[FeatureFinding]:
         for bit in _bits(offered):
             name = bit.names[0].removeprefix(Feature.prefix)
-            refused = _refusal(bit | Feature.RWP if bit == Feature.RWP_ASYNC else bit, flags)
+            refused = _refusal(bit | Feature.RWP if bit == Feature.RWP_ASYNC else bit)
             yield FeatureFinding(name, int(bit), bit.since, bool(bit & offered), refused)
 
     def work(send: Send) -> None:
-        with Uffd.create(flags) as uffd:
+        with Uffd.create() as uffd:
             answer = uffd.api()
         send([int(answer.ioctls), [dataclasses.astuple(each) for each in ask(Feature(answer.features))]])
 
@@ -228,9 +221,9 @@ def _bits(offered: Feature) -> Iterable[Feature]:
     return [Feature(1 << number) for number in range(64) if (known | int(offered)) >> number & 1]
 
 
-def _refusal(feature: Feature, flags: int) -> str | None:
+def _refusal(feature: Feature) -> str | None:
     try:
-        Uffd.open(feature, flags).close()
+        Uffd.open(feature).close()
     except OSError as error:
         return errno_name(error.errno or 0)
     return None
@@ -280,6 +273,8 @@ def _dontunmap() -> str | None:
             new = remap(old, flags=MREMAP_MAYMOVE | MREMAP_DONTUNMAP)
         except OSError as error:
             return errno_name(error.errno or 0)
+        except Skip:  # remap() knows why
+            return errno_name(errno.EINVAL)
         unmap(Range(new, old.len))
     return None
 

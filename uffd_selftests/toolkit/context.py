@@ -17,7 +17,7 @@ from uffd_selftests.mem_types import Area, MemType
 from uffd_selftests.toolkit.expectations import DEADLINE, Skip
 from uffd_selftests.toolkit.handle import MINOR, MISSING, Uffd
 from uffd_selftests.toolkit.handler import FaultHandler
-from uffd_selftests.toolkit.memory import PAGE_SIZE, Range
+from uffd_selftests.toolkit.memory import PAGE_SIZE, Range, drops_hugepages, moves_hugepages
 from uffd_selftests.toolkit.threads import waiting_threads
 
 __all__ = ["ContextHook", "MODEST_BYTES", "Context", "prepare", "copy", "move", "cached", "odd_address"]
@@ -92,6 +92,10 @@ class Context:
 
     def __enter__(self) -> Context:
         pre_alloc, post_alloc = self._hooks
+        if self.mem.hugetlb and self.features & Feature.EVENT_REMOVE and not drops_hugepages():
+            raise Skip("kernel cannot drop huge pages (Linux 5.18)")
+        if self.mem.hugetlb and self.features & Feature.EVENT_REMAP and not moves_hugepages():
+            raise Skip("kernel cannot move huge pages (Linux 5.16)")
         try:
             if pre_alloc:
                 pre_alloc(self)

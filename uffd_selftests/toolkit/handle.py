@@ -31,7 +31,7 @@ from uffd_selftests.abi.uapi import (
     ZeropageMode,
 )
 from uffd_selftests.toolkit.expectations import DEADLINE, Unexplained, expect
-from uffd_selftests.toolkit.memory import Range
+from uffd_selftests.toolkit.memory import PAGE_SIZE, Range, mmap_min_addr
 from uffd_selftests.toolkit.messages import MESSAGE_SIZE, Fault, Message, parse_message
 from uffd_selftests.toolkit.refusals import UNTOUCHED, UffdError, output_text
 
@@ -44,6 +44,7 @@ __all__ = [
     "MINOR_FAULTS",
     "MOVE",
     "HOLES",
+    "USER_MODE_ONLY",
     "DEFAULT_FLAGS",
     "KERNEL_FAULTS",
     "FdInfo",
@@ -52,6 +53,7 @@ __all__ = [
     "combinations",
     "flag_names",
     "expect_handle",
+    "lowest_start",
 ]
 
 
@@ -69,7 +71,18 @@ MINOR_FAULTS = Feature.MINOR_HUGETLBFS | Feature.MINOR_SHMEM
 MOVE = Feature.MOVE
 HOLES = MoveMode.ALLOW_SRC_HOLES
 
-DEFAULT_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | uapi.UFFD_USER_MODE_ONLY
+
+def _user_mode_only() -> int:
+    """Return UFFD_USER_MODE_ONLY unless the kernel takes it for a flag that it does not know (before Linux 5.11)."""
+    ret = lib.uffd_syscall(uapi.NR_USERFAULTFD, os.O_CLOEXEC | uapi.UFFD_USER_MODE_ONLY, 0, 0, 0, 0, 0)
+    if ret >= 0:
+        os.close(ret)
+    return 0 if ret == -errno.EINVAL else uapi.UFFD_USER_MODE_ONLY
+
+
+USER_MODE_ONLY = _user_mode_only()
+"""What asks for the least privilege: UFFD_USER_MODE_ONLY where there is such a flag, else 0."""
+DEFAULT_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | USER_MODE_ONLY
 """Flags of a handle unless a case says otherwise: those of upstream, which need no privilege."""
 KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK
 """Flags of a handle that reports faults of the kernel itself, too: of system calls, of the source of UFFDIO_COPY."""
@@ -359,6 +372,17 @@ def mended(uffd: Uffd) -> Iterator[None]:
             text = f"{error} (mended by Linux 7.3, which this kernel is by its UFFD_FEATURE_RWP: a defect come back)"
             raise Unexplained(text) from error
         raise
+
+
+def lowest_start() -> int:
+    """Return where the range of a request may begin: at 0, or, with kernels before 2026, at vm.mmap_min_addr."""
+    with Uffd.open() as uffd:
+        try:
+            uffd.wake(Range(0, PAGE_SIZE))
+        except UffdError as error:
+            expect(error.errno, errno.EINVAL, "errno of UFFDIO_WAKE at address 0")
+            return mmap_min_addr()
+    return 0
 
 
 def combinations(*flags: int) -> list[int]:

@@ -13,9 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
+from pathlib import Path
 
 from uffd_selftests.abi.errors import KernelError, checked
 from uffd_selftests.abi.native import lib
+from uffd_selftests.toolkit.expectations import Skip
 
 __all__ = [
     "PAGE_SIZE",
@@ -45,6 +48,11 @@ __all__ = [
     "advise",
     "keep_small",
     "protect",
+    "default_hugepage_size",
+    "drops_hugepages",
+    "knows_advice",
+    "moves_hugepages",
+    "mmap_min_addr",
     "user_space_end",
 ]
 
@@ -60,6 +68,7 @@ MAP_PRIVATE = _mmap.MAP_PRIVATE
 MAP_ANONYMOUS = _mmap.MAP_ANONYMOUS
 MAP_FIXED = 0x10
 MAP_FIXED_NOREPLACE = 0x100000
+MAP_HUGETLB = 0x40000
 MAP_NORESERVE = getattr(_mmap, "MAP_NORESERVE", 0x4000)
 MREMAP_MAYMOVE = 1
 MREMAP_FIXED = 2
@@ -95,6 +104,10 @@ class Advice(IntEnum):
 
     def __str__(self) -> str:
         return f"MADV_{self.name}"
+
+
+NEW_ADVICE = (Advice.POPULATE_READ, Advice.POPULATE_WRITE, Advice.DONTNEED_LOCKED)
+"""What a page of anonymous memory can be given, and not every kernel knows (Linux 5.14 and 5.18)."""
 
 
 @dataclass(frozen=True)
@@ -164,18 +177,104 @@ def mapped(
 
 
 def remap(where: Range, new_len: int | None = None, *, to: int | None = None, flags: int = MREMAP_MAYMOVE) -> int:
-    """mremap(2); returns the new address. ``to`` adds MREMAP_FIXED."""
+    """mremap(2); returns the new address. ``to`` adds MREMAP_FIXED.
+
+    Raises Skip where that fails because the kernel has none for huge pages.
+    """
     new_len = where.len if new_len is None else new_len
     if to is not None:
         flags |= MREMAP_MAYMOVE | MREMAP_FIXED
     call = f"mremap({where.start:#x}, {where.len}, {new_len}, {flags:#x}, {to or 0:#x})"
-    return checked(lib.uffd_mremap(where.start, where.len, new_len, flags, to or 0), call)
+    try:
+        return checked(lib.uffd_mremap(where.start, where.len, new_len, flags, to or 0), call)
+    except KernelError as error:
+        if error.errno in (errno.EINVAL, errno.EFAULT) and not moves_hugepages() and is_hugetlb(where.start):
+            raise Skip(f"{error}: kernel cannot move huge pages (Linux 5.16)") from None
+        if flags & MREMAP_DONTUNMAP and error.errno == errno.EINVAL and not keeps_shared_place():
+            raise Skip(f"{error}: kernel has MREMAP_DONTUNMAP for anonymous memory alone (Linux 5.13)") from None
+        raise
 
 
 def advise(where: Range, advice: Advice) -> None:
-    """madvise(2). Waits for the event to be read where UFFD_FEATURE_EVENT_REMOVE is on and pages are dropped."""
+    """madvise(2). Waits for the event to be read where UFFD_FEATURE_EVENT_REMOVE is on and pages are dropped.
+
+    Raises Skip where the kernel does not know that advice, or has no MADV_DONTNEED for huge pages.
+    """
     call = f"madvise({where.start:#x}, {where.len}, {advice})"
-    checked(lib.uffd_madvise(where.start, where.len, advice), call)
+    try:
+        checked(lib.uffd_madvise(where.start, where.len, advice), call)
+    except KernelError as error:
+        if (
+            advice == Advice.DONTNEED
+            and error.errno == errno.EINVAL
+            and not drops_hugepages()
+            and is_hugetlb(where.start)
+        ):
+            raise Skip(f"{error}: kernel cannot drop huge pages (Linux 5.18)") from None
+        if error.errno == errno.EINVAL and not knows_advice(advice):
+            raise Skip(f"{error}: kernel lacks {advice}") from None
+        raise
+
+
+@cache
+def knows_advice(advice: Advice) -> bool:
+    """Whether the kernel knows an advice that a page of anonymous memory can be given, as tried on one."""
+    with mapped(PAGE_SIZE, flags=MAP_PRIVATE | MAP_ANONYMOUS) as page:
+        return advice not in NEW_ADVICE or lib.uffd_madvise(page.start, page.len, advice) == 0
+
+
+@cache
+def keeps_shared_place() -> bool:
+    """Whether MREMAP_DONTUNMAP moves shared memory, as tried."""
+    with mapped(PAGE_SIZE, flags=MAP_SHARED | MAP_ANONYMOUS) as where:
+        answer = lib.uffd_mremap(where.start, where.len, where.len, MREMAP_MAYMOVE | MREMAP_DONTUNMAP, 0)
+        if answer > 0:
+            lib.uffd_munmap(answer, where.len)
+        return bool(answer > 0)
+
+
+def is_hugetlb(address: int) -> bool:
+    """Whether the mapping at an address has pages of the huge page pool, as /proc tells."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *values = line.split()
+        if not name.endswith(":"):
+            start, _, end = name.partition("-")
+            inside = int(start, 16) <= address < int(end, 16)
+        elif inside and name == "KernelPageSize:":
+            return int(values[0]) * 1024 > PAGE_SIZE
+    return False
+
+
+@contextmanager
+def no_hugepages() -> Iterator[Range]:
+    """Map one huge page of private memory that has none yet, and takes none from the pool."""
+    length = default_hugepage_size()
+    if not length:
+        raise KernelError(errno.ENOSYS, "mmap: no huge pages")
+    with mapped(length, flags=MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_HUGETLB) as where:
+        yield where
+
+
+@cache
+def drops_hugepages() -> bool:
+    """Whether MADV_DONTNEED takes huge pages, as tried where there are none: kernels before 5.18 say EINVAL."""
+    with suppress(KernelError), no_hugepages() as where:
+        return bool(lib.uffd_madvise(where.start, where.len, Advice.DONTNEED) == 0)
+    return True
+
+
+@cache
+def moves_hugepages() -> bool:
+    """Whether mremap(2) moves huge pages, as tried where there are none: kernels before 5.16 say EINVAL."""
+    flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
+    with suppress(KernelError), no_hugepages() as where, mapped(2 * where.len, prot=PROT_NONE, flags=flags) as place:
+        to = -(-place.start // where.len) * where.len
+        answer = lib.uffd_mremap(where.start, where.len, where.len, MREMAP_MAYMOVE | MREMAP_FIXED, to)
+        if answer > 0:
+            lib.uffd_munmap(answer, where.len)
+        return bool(answer > 0)
+    return True
 
 
 def keep_small(where: Range) -> None:
@@ -187,6 +286,19 @@ def keep_small(where: Range) -> None:
 def protect(where: Range, prot: int) -> None:
     """mprotect(2)."""
     checked(lib.uffd_mprotect(where.start, where.len, prot), f"mprotect({where.start:#x}, {where.len}, prot={prot:#x})")
+
+
+def default_hugepage_size() -> int:
+    """Return the default huge page size in bytes, ``Hugepagesize`` of /proc/meminfo; 0 without hugetlb."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("Hugepagesize:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def mmap_min_addr() -> int:
+    """Return the lowest address that a process without privileges may map."""
+    return int(Path("/proc/sys/vm/mmap_min_addr").read_text())
 
 
 def user_space_end() -> int:

@@ -7,19 +7,52 @@ import os
 import struct
 from collections.abc import Iterable
 from ctypes import addressof, sizeof
+from functools import cache
 from typing import NamedTuple
 
 from uffd_selftests.abi import uapi
 from uffd_selftests.abi.errors import checked
 from uffd_selftests.abi.native import lib
-from uffd_selftests.abi.uapi import PageCategory, PmScanFlag
+from uffd_selftests.abi.uapi import Feature, PageCategory, PmScanFlag
 from uffd_selftests.mem_types import Area
+from uffd_selftests.toolkit.access import poke
 from uffd_selftests.toolkit.context import Context
 from uffd_selftests.toolkit.expectations import Skip, expect
-from uffd_selftests.toolkit.memory import PAGE_SIZE, Range
+from uffd_selftests.toolkit.handle import WP, Uffd
+from uffd_selftests.toolkit.memory import MAP_ANONYMOUS, MAP_PRIVATE, PAGE_SIZE, Range, mapped
 from uffd_selftests.toolkit.smaps import resident
 
-__all__ = ["page_numbers", "Region", "Scan", "FILLED", "Pagemap", "expect_mapped", "expect_moved", "require_soft_dirty"]
+__all__ = [
+    "shows_uffd_wp",
+    "require_uffd_wp_shown",
+    "page_numbers",
+    "Region",
+    "Scan",
+    "FILLED",
+    "Pagemap",
+    "expect_mapped",
+    "expect_moved",
+    "require_soft_dirty",
+]
+
+
+@cache
+def shows_uffd_wp() -> bool:
+    """Whether PM_UFFD_WP shows that a page is protected, as tried: kernels before 5.14 have no such bit."""
+    with mapped(PAGE_SIZE, flags=MAP_PRIVATE | MAP_ANONYMOUS) as page, Uffd.open() as probe:
+        if not probe.offered & Feature.PAGEFAULT_FLAG_WP:
+            return True
+        with Uffd.open(Feature.PAGEFAULT_FLAG_WP) as uffd:
+            poke(page.start, b"x")
+            uffd.register(page, WP)
+            uffd.writeprotect(page)
+            return Pagemap.uffd_wp(page.start)
+
+
+def require_uffd_wp_shown() -> None:
+    """Skip where the kernel does not show which pages are protected."""
+    if not shows_uffd_wp():
+        raise Skip("kernel lacks PM_UFFD_WP in pagemap (Linux 5.14)")
 
 
 def page_numbers(pages: Iterable[int]) -> str:
@@ -108,6 +141,8 @@ class Pagemap:
         """Assert the mark of the page at ``address``."""
         entry = cls.entry(address)
         if bool(entry & uapi.PM_UFFD_WP) != expected:
+            if expected:
+                require_uffd_wp_shown()
             state = "set" if expected else "clear"
             raise AssertionError(f"{when}: expected PM_UFFD_WP {state} in pagemap, got entry {entry:#018x}")
 
@@ -121,6 +156,8 @@ class Pagemap:
         wrong = [page for page, marks in enumerate(by_page) if marks != [page in wanted] * step]
         if wrong:
             some = {page for page, marks in enumerate(by_page) if any(marks)}
+            if wanted and not some:
+                require_uffd_wp_shown()
             raise AssertionError(
                 f"{when}: expected PM_UFFD_WP in pagemap on exactly these pages: {page_numbers(wanted)}, "
                 f"got {page_numbers(some)}; first wrong page: {wrong[0]}"

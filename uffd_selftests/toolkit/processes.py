@@ -18,12 +18,16 @@ from typing import Any
 
 from uffd_selftests.abi.native import lib
 from uffd_selftests.abi.uapi import Feature, RegisterMode
-from uffd_selftests.toolkit.expectations import DEADLINE, eventually
+from uffd_selftests.toolkit.expectations import DEADLINE, Skip, eventually
 from uffd_selftests.toolkit.handle import DEFAULT_FLAGS, Uffd
 from uffd_selftests.toolkit.memory import Range
 from uffd_selftests.toolkit.threads import WCHAN_SHOWN
 
 __all__ = ["ChildError", "ChannelClosed", "Channel", "Child", "monitored", "orphaned", "out_of_descriptors"]
+
+
+SKIPPED = 77
+"""The exit code of a child that found something missing."""
 
 
 class ChildError(AssertionError):
@@ -107,6 +111,9 @@ class Child:
             lib.uffd_die_with_parent(parent)
             self._target(channel)
             status = 0
+        except Skip as reason:
+            os.write(report, str(reason).encode())
+            status = SKIPPED
         except BaseException as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
             os.write(report, f"{error} (at {os.path.basename(last.filename)}:{last.lineno})".encode())
@@ -180,6 +187,8 @@ class Child:
         if os.WIFSIGNALED(status):
             name = signal.Signals(os.WTERMSIG(status)).name
             raise ChildError(f"the child process was killed by {name}")
+        if os.waitstatus_to_exitcode(status) == SKIPPED:
+            raise Skip(text.decode(errors="replace"))
         if status:
             raise ChildError(f"in the child process: {text.decode(errors='replace')}")
 

@@ -212,7 +212,7 @@ def _own_memory(spared: Range) -> None:
         addresses, permissions, *_ = line.split()
         start, end = (int(address, 16) for address in addresses.split("-"))
         if permissions == "rw-p" and not (start < spared.end and spared.start < end):
-            with suppress(OSError):  # before Linux 5.14
+            with suppress(OSError, Skip):  # before Linux 5.14
                 advise(Range(start, end - start), Advice.POPULATE_WRITE)
 
 

@@ -23,12 +23,12 @@ from uffd_selftests.abi import uapi
 from uffd_selftests.abi.errors import errno_name
 from uffd_selftests.abi.native import ffi, lib
 from uffd_selftests.abi.uapi import PM_PRESENT, PM_UFFD_WP, Feature, PagefaultFlag, RegisterMode
-from uffd_selftests.mem_types import SHMEM_PRIVATE, Area, Backing
+from uffd_selftests.mem_types import HUGETLB_PRIVATE, SHMEM_PRIVATE, Area, Backing
 from uffd_selftests.toolkit.context import Context
-from uffd_selftests.toolkit.expectations import DEADLINE
+from uffd_selftests.toolkit.expectations import DEADLINE, Skip
 from uffd_selftests.toolkit.handle import DEFAULT_FLAGS, MISSING, RWP, WP, Uffd
-from uffd_selftests.toolkit.memory import Advice, Range
-from uffd_selftests.toolkit.pagemap import Pagemap, page_numbers
+from uffd_selftests.toolkit.memory import Advice, Range, drops_hugepages
+from uffd_selftests.toolkit.pagemap import Pagemap, page_numbers, shows_uffd_wp
 
 UNITS = max(2, min(len(os.sched_getaffinity(0)), 16))
 """Threads of each of the three kinds; upstream has one of each a CPU."""
@@ -203,6 +203,8 @@ class Stress:
         self.wp = self._uffd.features & Feature.PAGEFAULT_FLAG_WP != Feature(0)
         """Whether pages are write-protected."""
         self._mode = MISSING | (RWP if rwp else WP if self.wp else RegisterMode(0))
+        if ctx.mem is HUGETLB_PRIVATE and not drops_hugepages():
+            raise Skip("kernel cannot drop huge pages (Linux 5.18)")
         self._config = ffi.new(
             "struct stress_config *",
             {
@@ -453,7 +455,7 @@ def misprotected(area: Area, unprotected: array[int], written_late: array[int]) 
 
     What no fault made un-protected is protected still; what was written after its last protection is not.
     """
-    if not os.path.exists("/proc/self/pagemap"):
+    if not os.path.exists("/proc/self/pagemap") or not shows_uffd_wp():
         return
     marks = Pagemap.have(area.range, PM_UFFD_WP, area.page_size)
     lost = [page for page, mark in enumerate(marks) if not mark and not unprotected[page]]

@@ -436,7 +436,8 @@ def modules_archive(kernel_modules: Path | None, release: str) -> bytes:
     altogether. Raises OSError, and ValueError when a module cannot be unpacked.
     """
     places = [kernel_modules / release, kernel_modules] if kernel_modules else []
-    place = next((place for place in places if (place / "modules.order").exists()), None)
+    marks = ("modules.order", "kernel")  # Debian has the list in another package than the modules
+    place = next((place for place in places if any((place / mark).exists() for mark in marks)), None)
     found = _modules(place) if place else {}
     if not found:
         return b""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What ``--kernel PATH`` can name: a kernel image, the tree it was built in, or its Debian package.
+"""What ``--kernel PATH`` can name: a kernel image, the tree it was built in, its Debian package, or that unpacked.
 
 Headers: Documentation/arch/x86/boot.rst (bzImage), Documentation/arch/arm64/booting.rst (Image).
 """
@@ -7,16 +7,14 @@ Headers: Documentation/arch/x86/boot.rst (bzImage), Documentation/arch/arm64/boo
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
-import shutil
-import subprocess
-import tempfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from uffd_selftests.vm import packages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,11 +22,13 @@ if TYPE_CHECKING:
 IMAGES = {"x86_64": "arch/x86/boot/bzImage", "arm64": "arch/arm64/boot/Image"}
 """Where a build tree has its image, by architecture."""
 
+PLACES = ("boot/vmlinu[xz]-*", "usr/lib/modules/*/vmlinuz", "lib/modules/*/vmlinuz", "vmlinuz")
+"""Where an unpacked package has its image: until Linux 6.18, since then, and seen from the folder of its modules."""
+
 HEADER = 0x20000
 """How much of an image is read: its header and the release that an x86 header points to."""
 
 ELF = b"\x7fELF"
-DEB = b"!<arch>\n"
 X86 = (0x202, b"HdrS")
 ARM64 = ((0x38, b"ARM\x64"), (0, b"\x1f\x8b"), (4, b"zimg"))
 """Image; the same compressed with gzip; in an EFI application."""
@@ -67,8 +67,8 @@ def find(origin: str, arch: str) -> Kernel:
             raise ValueError(f"{origin} is a pipe: name a file")
         with path.open("rb") as file:
             start = file.read(HEADER)
-        if start.startswith(DEB):
-            return replace(_in_folder(_unpacked(path), arch), origin=path)
+        if start.startswith(packages.START):
+            return replace(_in_folder(packages.unpacked(path, cache(), _packed), arch), origin=path)
     except FileNotFoundError:
         raise ValueError(f"{origin}: no such file") from None
     except OSError as error:
@@ -108,20 +108,50 @@ def _numbered(kernels: list[Kernel]) -> list[Kernel]:
 def _in_folder(folder: Path, arch: str) -> Kernel:
     """Find the image in a build tree or in an unpacked package."""
     tree = folder / IMAGES[arch]
-    packed = sorted(folder.glob("boot/vmlinu[xz]-*"))
+    packed = _packed(folder)
     if tree.exists():
         image = tree
     elif len(packed) == 1:
         image = packed[0]
     elif packed:
-        raise ValueError(f"{folder} has several kernels: name one of {', '.join(each.name for each in packed)}")
+        names = ", ".join(str(each.relative_to(folder)) if each.name == "vmlinuz" else each.name for each in packed)
+        raise ValueError(f"{folder} has several kernels: name one of {names}")
     else:
-        raise ValueError(f"{folder} has neither {IMAGES[arch]} nor boot/vmlinuz-*: build it, or name an image")
+        raise ValueError(_no_image(folder, arch))
+    if _is_beside_modules(image) and not (image.parent / "kernel").exists():
+        wanted = f"linux-modules-{image.parent.name}_*.deb"
+        raise ValueError(f"{folder}: its modules are missing: unpack {wanted} there, too")
     with image.open("rb") as file:
         name = _name(image, file.read(HEADER), arch)
     with contextlib.suppress(OSError):
         name = (folder / "include/config/kernel.release").read_text().strip() or name
     return Kernel(image, name, folder, folder if image == tree else modules(image), name)
+
+
+def _packed(folder: Path) -> list[Path]:
+    """Return the images in an unpacked package or a folder below lib/modules, of each release one."""
+    found: dict[str, Path] = {}
+    for image in (each for place in PLACES for each in sorted(folder.glob(place))):
+        found.setdefault(_told(image), image)
+    return list(found.values())
+
+
+def _is_beside_modules(image: Path) -> bool:
+    return image.name == "vmlinuz" and image.parent.parent.name == "modules"
+
+
+def _told(image: Path) -> str:
+    """Return the release that a path tells."""
+    return image.parent.name if _is_beside_modules(image) else image.name.removeprefix("vmlinuz-")
+
+
+def _no_image(folder: Path, arch: str) -> str:
+    """Say what to do about a folder without an image."""
+    releases = sorted(path.name for path in folder.glob("usr/lib/modules/*"))
+    if len(releases) == 1:
+        part = packages.part_with_image(releases[0])
+        return f"{folder}: the kernel's image is missing: unpack {part}_*.deb there, too"
+    return f"{folder} has neither {IMAGES[arch]} nor boot/vmlinuz-*: build it, or name an image"
 
 
 def _name(path: Path, start: bytes, arch: str) -> str:
@@ -140,35 +170,12 @@ def _name(path: Path, start: bytes, arch: str) -> str:
         pointer = int.from_bytes(start[0x20E:0x210], "little")
         release = start[pointer + 0x200 :].partition(b"\0")[0].split(b" ")[0].decode("ascii", "replace")
         if pointer and release.isprintable() and "/" not in release:
-            return release or path.name
+            return release or _told(path)
     elif match := BANNER.search(path.read_bytes()):
         return match[1].decode()
-    return path.name.removeprefix("vmlinuz-")
+    return _told(path)
 
 
 def _has(start: bytes, magic: tuple[int, bytes]) -> bool:
     offset, value = magic
     return start[offset : offset + len(value)] == value
-
-
-def _unpacked(package: Path) -> Path:
-    """Unpack a Debian package into the cache, once, and return the folder; raises ValueError."""
-    status = package.stat()
-    key = hashlib.sha256(f"{package} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:12]
-    folder = cache() / f"{package.stem}-{key}"
-    if folder.exists():
-        return folder
-    if not shutil.which("dpkg-deb"):
-        raise ValueError(f"{package} cannot be unpacked: apt-get install dpkg")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unpacking-") as draft:
-        root = Path(draft) / "root"
-        unpacking = ["dpkg-deb", "-x", str(package), str(root)]
-        result = subprocess.run(unpacking, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-        if result.returncode:
-            raise ValueError(f"{package} cannot be unpacked: {result.stderr.strip().rpartition(chr(10))[2]}")
-        if not list(root.glob("boot/vmlinu[xz]-*")):
-            raise ValueError(f"{package} has no boot/vmlinuz-*: name the linux-image package")
-        with contextlib.suppress(FileExistsError, OSError):  # somebody else may have been faster
-            root.rename(folder)
-    return folder

@@ -339,7 +339,15 @@ def test_async_scan_no_vector_swap(ctx: Context) -> None:
         expect_written(area, (), "pages written, after that")
 
 
-@uffd_case("async-scan-no-vector-holes", mem=NOT_HUGETLB, features=ASYNC, needs=SCAN, pages=4, rows=("AS-08",))
+@uffd_case(
+    "async-scan-no-vector-holes",
+    mem=NOT_HUGETLB,
+    features=ASYNC,
+    needs=SCAN,
+    pages=4,
+    rows=("AS-08",),
+    bugs=(36,),
+)
 def test_async_scan_no_vector_holes(ctx: Context) -> None:
     """Without a vector PM_SCAN_WP_MATCHING also protects pages that are not there, whether others are there or not."""
     area = ctx.dst

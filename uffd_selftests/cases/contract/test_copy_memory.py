@@ -148,7 +148,7 @@ def test_copy_soft_dirty(ctx: Context) -> None:
 
 
 @uffd_case(
-    "copy-beyond-file", mem=(SHMEM, SHMEM_PRIVATE, HUGETLB), pages=4, rows=("CP-24",), bugs=(16,), kind=Kind.DETAIL
+    "copy-beyond-file", mem=(SHMEM, SHMEM_PRIVATE, HUGETLB), pages=4, rows=("CP-24",), bugs=(11, 16), kind=Kind.DETAIL
 )
 def test_copy_beyond_file(ctx: Context) -> None:
     """A copy reaches as far as the file, its last page begun included; beyond, nothing is stored and nothing mapped."""

@@ -115,6 +115,7 @@ def test_copy_overtaken(ctx: Context) -> None:
     pages=2,
     spare_hugepages=1,
     rows=("CP-32", "CP-22"),
+    bugs=(11,),
     kind=Kind.DETAIL,
 )
 def test_copy_overtaken_in_file(ctx: Context) -> None:
@@ -292,6 +293,7 @@ def test_copy_overtaken_by_full_tmpfs(ctx: Context) -> None:
     pages=1,
     spare_hugepages=1,
     rows=("CP-28", "CP-32"),
+    bugs=(12,),
     kind=Kind.DETAIL,
 )
 def test_copy_overtaken_by_empty_pool(ctx: Context) -> None:

@@ -11,10 +11,10 @@ from errno import EAGAIN, EFAULT, EPERM, ESRCH
 
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, DEADLINE, DEFAULT_FLAGS, FORK, MISSING, REMAP, REMOVE, SHMEM, UNMAP, UNTOUCHED, Advice, Channel, Child,
-    Context, Feature, Forked, Message, Range, Skip, Uffd, UffdError, Waiter, advise, await_child_event, await_event,
-    expect, expect_errno, expect_killed, expect_same, handled, held_up, monitored, moved, promise, read_fork, read_only,
-    recorder, refuses, remap, removed, take_event, uapi, unmap, unmapped, unread_event,
+    ALL, ANON, DEADLINE, DEFAULT_FLAGS, FORK, MINOR_FAULTS, MISSING, REMAP, REMOVE, SHMEM, UNMAP, UNTOUCHED, Advice,
+    Channel, Child, Context, Feature, Forked, Message, Range, Skip, Uffd, UffdError, Waiter, advise, await_child_event,
+    await_event, expect, expect_errno, expect_killed, expect_same, handled, held_up, monitored, moved, promise,
+    read_fork, read_only, recorder, refuses, remap, removed, take_event, uapi, unmap, unmapped, unread_event,
 )  # fmt: skip
 
 
@@ -115,10 +115,12 @@ def expect_held_up(ctx: Context, uffd: Uffd) -> None:
     fills: list[tuple[str, str, Callable[[], object]]] = [
         ("CP-14", "UFFDIO_COPY", lambda: uffd.copy(page.start, src, page.len)),
         ("ZP-14", "UFFDIO_ZEROPAGE", lambda: uffd.zeropage(page)),
-        ("CT-22", "UFFDIO_CONTINUE", lambda: uffd.continue_(page)),
-        ("WP-31", "UFFDIO_WRITEPROTECT", lambda: uffd.writeprotect(page)),
-        ("WP-31", "UFFDIO_WRITEPROTECT with mode 0", lambda: uffd.unprotect(page)),
     ]
+    if ctx.uffd.offered & MINOR_FAULTS:
+        fills.append(("CT-22", "UFFDIO_CONTINUE", lambda: uffd.continue_(page)))
+    if Feature.PAGEFAULT_FLAG_WP in ctx.uffd.offered:
+        fills.append(("WP-31", "UFFDIO_WRITEPROTECT", lambda: uffd.writeprotect(page)))
+        fills.append(("WP-31", "UFFDIO_WRITEPROTECT with mode 0", lambda: uffd.unprotect(page)))
     if Feature.POISON in ctx.uffd.offered:
         fills.append(("PO-17", "UFFDIO_POISON", lambda: uffd.poison(page)))
     if Feature.MOVE in ctx.uffd.offered:
@@ -200,7 +202,7 @@ def test_event_holds_up_fork(ctx: Context) -> None:
 FILLS = {
     "UFFDIO_COPY": Feature(0),
     "UFFDIO_ZEROPAGE": Feature(0),
-    "UFFDIO_CONTINUE": Feature(0),
+    "UFFDIO_CONTINUE": Feature.MINOR_HUGETLBFS,
     "UFFDIO_POISON": Feature.POISON,
     "UFFDIO_MOVE": Feature.MOVE,
 }
@@ -249,7 +251,7 @@ def test_event_holds_up_null(ctx: Context) -> None:
         ctx.uffd.raw_ioctl(uapi.UFFDIO_WRITEPROTECT)
 
 
-@uffd_case("event-holds-up-each", mem=(ANON,), features=REMOVE, pages=3, rows=("EV-04", "CP-14"))
+@uffd_case("event-holds-up-each", mem=(ANON,), features=REMOVE, pages=3, rows=("EV-04", "CP-14"), bugs=(62,))
 def test_event_holds_up_each(ctx: Context) -> None:
     """With two events unread, the fills wait for both."""
     first, second, page = (ctx.dst.page(number) for number in range(3))

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, DEFAULT_FLAGS, FORK, MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, MINOR, MISSING, PAGE_SIZE,
-    PROT_NONE, REMAP, REMOVE, UNREGISTERED, UNTOUCHED, WP, Advice, Channel, Child, Context, Feature, Forked, Range,
-    RegisterMode, Skip, Trap, Uffd, advise, await_child_event, expect, expect_killed, expect_modes, fails, held_up,
-    map_memory, monitored, open_userfaultfds, out_of_descriptors, peek, promise, read_fork, recorder, refuses, syscalls,
-    touch_trapped, uapi,
+    ALL, ANON, FORK, KERNEL_FAULTS, MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, MINOR, MISSING, PAGE_SIZE,
+    PROT_NONE, REMAP, REMOVE, UNREGISTERED, UNTOUCHED, USER_MODE_ONLY, WP, Advice, Channel, Child, Context, Feature,
+    Forked, Range, RegisterMode, Skip, Trap, Uffd, advise, await_child_event, expect, expect_killed, expect_modes,
+    fails, held_up, map_memory, monitored, open_userfaultfds, out_of_descriptors, peek, promise, read_fork, recorder,
+    refuses, syscalls, touch_trapped, uapi,
 )  # fmt: skip
 
 Life = Callable[[Channel], object]
@@ -79,7 +79,7 @@ def test_fork_handle(ctx: Context) -> None:
         for features in (FORK, ctx.uffd.offered):
             with (
                 promise("EV-31", f"flags {flags:#x}, features {features}"),
-                monitored(ctx.dst.range, MISSING, forks(passes), features, flags | uapi.UFFD_USER_MODE_ONLY) as (
+                monitored(ctx.dst.range, MISSING, forks(passes), features, flags | USER_MODE_ONLY) as (
                     _,
                     uffd,
                 ),
@@ -101,7 +101,15 @@ def expect_like(child_uffd: Uffd, uffd: Uffd, flags: int) -> None:
         child_uffd.api()
 
 
-@uffd_case("fork-user-mode-only", mem=(ANON,), features=FORK, pages=1, rows=("EV-31",), kind=Kind.DETAIL)
+@uffd_case(
+    "fork-user-mode-only",
+    mem=(ANON,),
+    features=FORK,
+    needs=("user_mode_only",),
+    pages=1,
+    rows=("EV-31",),
+    kind=Kind.DETAIL,
+)
 def test_fork_user_mode_only(ctx: Context) -> None:
     """UFFD_USER_MODE_ONLY holds for the child too: the kernel's access to its missing page fails with EFAULT."""
 
@@ -124,7 +132,7 @@ def test_fork_user_mode_only(ctx: Context) -> None:
 )
 def test_fork_kernel_faults(ctx: Context) -> None:
     """Without UFFD_USER_MODE_ONLY the kernel's access to a missing page of the child is announced to its handle."""
-    flags = DEFAULT_FLAGS & ~uapi.UFFD_USER_MODE_ONLY
+    flags = KERNEL_FAULTS
     life = forks(lambda _: read_from_pipe(ctx.dst.start))
     with monitored(ctx.dst.range, MISSING, life, FORK, flags) as (child, uffd), read_fork(uffd) as child_uffd:
         child_uffd.wait_fault(ctx.dst.start, uapi.PagefaultFlag.WRITE)

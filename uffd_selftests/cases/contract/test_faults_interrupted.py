@@ -13,8 +13,8 @@ from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
     ALL, ANON, DEFAULT_FLAGS, HUGETLB, KERNEL_FAULTS, MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MISSING, PAGE_SIZE,
     PROT_NONE, PROT_READ, PROT_WRITE, SHMEM, WRITE, AccessError, Advice, Channel, Child, Context, PagefaultFlag, Range,
-    Trap, Uffd, Waiter, advise, eventually, expect, expect_bytes, faulting, handled, map_memory, peek, poke, promise,
-    protect, refuses, remap, syscalls, unmap,
+    Trap, Uffd, Waiter, advise, eventually, expect, expect_bytes, faulting, handled, knows_advice, map_memory, peek,
+    poke, promise, protect, refuses, remap, syscalls, unmap,
 )  # fmt: skip
 
 SEGV_MAPERR, SEGV_ACCERR = 1, 2
@@ -219,6 +219,8 @@ def test_faults_gup_signal(ctx: Context) -> None:
             (page[3], "MADV_POPULATE_WRITE", WRITE, partial(advise, page[3], Advice.POPULATE_WRITE), None),
             (page[4], "futex", WRITE, partial(syscalls.call, "futex", page[4].start, FUTEX_WAKE, 1), 0),
         ):
+            if "POPULATE" in name and not knows_advice(Advice.POPULATE_READ):
+                continue
             with promise("FL-17", name), faulting(uffd, where.start, flags=flags, call=call) as waiter:
                 expect_signal_ignored(uffd, waiter)
                 expect(notes, [], "signals handled before the page is there")

@@ -15,8 +15,9 @@ from pathlib import Path
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
     ALL, ANON, CORE_FILTER, DEFAULT_FLAGS, HUGETLB, KERNEL_FAULTS, MINOR, MINOR_FAULTS, MISSING, SHMEM, WP, WRITE,
-    WRITEPROTECT, Advice, Channel, Child, Context, Feature, PagefaultFlag, Range, Uffd, advise, dumps_here, eventually,
-    expect, fails, faulting, handled, odd_address, peek, poke, promise, syscalls, thread_told, touch_trapped,
+    WRITEPROTECT, Advice, Channel, Child, Context, Feature, PagefaultFlag, Range, Uffd, advise, dumps_here,
+    eventually, expect, fails, faulting, handled, knows_advice, odd_address, peek, poke, promise, syscalls, thread_told,
+    touch_trapped,
     undisturbed,
 )  # fmt: skip
 
@@ -91,6 +92,8 @@ def expect_refused_syscalls(row: str, ctx: Context, uffd: Uffd) -> None:
         "MADV_POPULATE_WRITE": (EFAULT, lambda: advise(page, Advice.POPULATE_WRITE)),
         "mlock": (ENOMEM, lambda: syscalls.call("mlock", page.start, page.len)),
     }
+    if not knows_advice(Advice.POPULATE_READ):
+        calls = {name: call for name, call in calls.items() if "POPULATE" not in name}
     with handled(signal.SIGBUS) as signals:
         for name, (number, call) in calls.items():
             with promise(row, name), fails(number):
@@ -122,7 +125,7 @@ NO_SIGNAL = Defect(
 )
 
 
-@uffd_case("faults-umo-signal", mem=(ANON,), pages=1, rows=("FL-09",), defect=NO_SIGNAL)
+@uffd_case("faults-umo-signal", mem=(ANON,), needs=("user_mode_only",), pages=1, rows=("FL-09",), defect=NO_SIGNAL)
 def test_faults_umo_signal(ctx: Context) -> None:
     """With UFFD_USER_MODE_ONLY a system call that meets a missing page raises SIGBUS."""
     ctx.uffd.register(ctx.dst.range, MISSING)
@@ -133,7 +136,7 @@ def test_faults_umo_signal(ctx: Context) -> None:
     expect(signals, [signal.SIGBUS], "signals of a read(2) into a missing page")
 
 
-@uffd_case("faults-umo", mem=ALL, pages=2, rows=("FL-08",))
+@uffd_case("faults-umo", mem=ALL, needs=("user_mode_only",), pages=2, rows=("FL-08",))
 def test_faults_umo(ctx: Context) -> None:
     """With UFFD_USER_MODE_ONLY faults of user space are told as always."""
     with Uffd.open(flags=DEFAULT_FLAGS) as uffd:
@@ -143,7 +146,14 @@ def test_faults_umo(ctx: Context) -> None:
                 uffd.copy(ctx.dst.page(number).start, ctx.src.start, ctx.page_size)
 
 
-@uffd_case("faults-umo-syscalls", mem=ALL, pages=2, rows=("FL-09", "FL-10"), kind=Kind.DETAIL)
+@uffd_case(
+    "faults-umo-syscalls",
+    mem=ALL,
+    needs=("user_mode_only",),
+    pages=2,
+    rows=("FL-09", "FL-10"),
+    kind=Kind.DETAIL,
+)
 def test_faults_umo_syscalls(ctx: Context) -> None:
     """With UFFD_USER_MODE_ONLY a system call that meets a missing page fails, and no message tells of it."""
     ctx.uffd.register(ctx.dst.range, MISSING)

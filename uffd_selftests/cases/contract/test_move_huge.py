@@ -183,7 +183,17 @@ def test_move_onto_huge(ctx: Context) -> None:
     expect(peek(ctx.src.start, 5), b"data\0", "the source")
 
 
-@uffd_case("move-huge-zeropage", mem=(ANON,), features=MOVE, needs=("thp",), pages=1, rows=("MV-20",), kind=Kind.DETAIL)
+@uffd_case(
+    "move-huge-zeropage",
+    mem=(ANON,),
+    features=MOVE,
+    needs=("thp",),
+    pages=1,
+    rows=("MV-20",),
+    bugs=(60,),
+    kind=Kind.DETAIL,
+    deadline=5,
+)
 def test_move_huge_zeropage(ctx: Context) -> None:
     """The huge zero page can be moved as a whole or in part."""
     count = pmd_size() // PAGE_SIZE

@@ -12,10 +12,11 @@ from functools import partial
 
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, HUGETLB, MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MISSING, NOT_HUGETLB, SHMEM, UNREGISTERED, UNTOUCHED, WP,
-    WRITE, Advice, Channel, Child, Context, Feature, IoUring, KernelError, MemType, PagefaultFlag, Range, Skip, Uffd,
-    UffdError, Waiter, advise, errno_name, eventually, expect, expect_bytes, expect_modes, expect_served, faulting,
-    map_memory, monitored, orphaned, outcome, peek, poke, promise, refuses, syscalls, touch, uapi, undisturbed, unmap,
+    ALL, ANON, HUGETLB, MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MINOR_FAULTS, MISSING, NOT_HUGETLB, SHMEM, UNREGISTERED,
+    UNTOUCHED, USER_MODE_ONLY, WP, WRITE, Advice, Channel, Child, Context, Feature, IoUring, KernelError, MemType,
+    PagefaultFlag, Range, Skip, Uffd, UffdError, Waiter, advise, errno_name, eventually, expect, expect_bytes,
+    expect_modes, expect_served, faulting, knows_advice, map_memory, monitored, orphaned, outcome, peek, poke, promise,
+    refuses, syscalls, touch, uapi, undisturbed, unmap,
 )  # fmt: skip
 
 WITH_KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK
@@ -99,13 +100,14 @@ def requests(ctx: Context) -> list[tuple[int, Structure, int]]:
     found: list[tuple[int, Structure, int]] = [
         (uapi.UFFDIO_COPY, uapi.uffdio_copy(start, src, length, 0, UNTOUCHED), ESRCH),
         (uapi.UFFDIO_ZEROPAGE, uapi.uffdio_zeropage(where, 0, UNTOUCHED), ESRCH),
-        (uapi.UFFDIO_CONTINUE, uapi.uffdio_continue(where, 0, UNTOUCHED), ESRCH),
         (uapi.UFFDIO_WRITEPROTECT, uapi.uffdio_writeprotect(where, uapi.WriteprotectMode.WP), ESRCH),
         (uapi.UFFDIO_WRITEPROTECT, uapi.uffdio_writeprotect(where, 0), ESRCH),
         (uapi.UFFDIO_REGISTER, uapi.uffdio_register(where, MISSING, UNTOUCHED & (1 << 64) - 1), ENOMEM),
         (uapi.UFFDIO_UNREGISTER, where, ENOMEM),
         (uapi.UFFDIO_WAKE, where, 0),
     ]
+    if ctx.uffd.offered & MINOR_FAULTS:
+        found.append((uapi.UFFDIO_CONTINUE, uapi.uffdio_continue(where, 0, UNTOUCHED), ESRCH))
     if Feature.POISON in ctx.uffd.offered:
         found.append((uapi.UFFDIO_POISON, uapi.uffdio_poison(where, 0, UNTOUCHED), ESRCH))
     if Feature.MOVE in ctx.uffd.offered:  # it looks first whether the memory is the caller's own
@@ -159,7 +161,7 @@ def test_process_exec(ctx: Context) -> None:
     script = requests(ctx)
 
     def target(channel: Channel) -> None:
-        uffd = Uffd.open(flags=os.O_NONBLOCK | uapi.UFFD_USER_MODE_ONLY)
+        uffd = Uffd.open(flags=os.O_NONBLOCK | USER_MODE_ONLY)
         uffd.register(ctx.dst.range, MISSING)
         os.set_inheritable(report, True)
         words = [f"{request}:{bytes(given).hex()}" for request, given, _ in script]
@@ -240,13 +242,14 @@ KernelUser = tuple[str, PagefaultFlag, Callable[[Range], object]]
 def kernel_users(mem: MemType) -> list[KernelUser]:
     """What reaches for a page in the kernel: name, flags of its fault, and the call."""
     locking = PagefaultFlag(0) if mem.shared else WRITE
-    return [
+    users: list[KernelUser] = [
         ("process_vm_readv", PagefaultFlag(0), lambda page: syscalls.process_vm_readv(os.getpid(), page.start + 7, 8)),
         ("process_vm_writev", WRITE, lambda page: syscalls.process_vm_writev(os.getpid(), page.start + 7, b"x")),
         ("MADV_POPULATE_READ", PagefaultFlag(0), lambda page: advise(page, Advice.POPULATE_READ)),
         ("MADV_POPULATE_WRITE", WRITE, lambda page: advise(page, Advice.POPULATE_WRITE)),
         ("mlock", locking, lambda page: syscalls.call("mlock", page.start, page.len)),
     ]
+    return [user for user in users if "POPULATE" not in user[0] or knows_advice(Advice.POPULATE_READ)]
 
 
 def expect_waits(ctx: Context, uffd: Uffd, page: Range, flags: PagefaultFlag, call: Callable[[], object]) -> object:

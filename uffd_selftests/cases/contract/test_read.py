@@ -527,10 +527,11 @@ def userfaultfds() -> set[int]:
 
 INTERRUPTED = Defect(
     id="D-RD-17",
-    summary="IORING_OP_READ of a userfaultfd without O_NONBLOCK completes at once with -EINTR.",
-    kernels="6.12.117, 6.18.44; not 6.1.192",
+    summary="IORING_OP_READ of a userfaultfd without O_NONBLOCK completes at once with -EINTR, or with the "
+    "kernel's own -ERESTARTSYS.",
+    kernels="6.12.117, 6.18.44; with -ERESTARTSYS (512) 6.16.12, 6.17.13, 6.18.15; not 6.1.192",
     advice="Give the descriptor O_NONBLOCK, or the request IOSQE_ASYNC.",
-    shows=r"result of the request: expected 32, got -EINTR",
+    shows=r"result of the request: expected 32, got -(EINTR|512)",
 )
 
 

@@ -148,7 +148,7 @@ def test_register_sysv() -> None:
         uffd.register(where, MISSING)
 
 
-@uffd_case("register-sysv-all-or-nothing", rows=("REG-12",), kind=Kind.DETAIL)
+@uffd_case("register-sysv-all-or-nothing", features=WRITEPROTECT | MINOR_FAULTS, rows=("REG-12",), kind=Kind.DETAIL)
 def test_register_sysv_all_or_nothing() -> None:
     """A System V shared memory segment can be registered in every mode or is refused with EINVAL in every mode."""
     answers = set()

@@ -10,7 +10,7 @@ from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
     ALL, ANON, HUGETLB, HUGETLB_PRIVATE, MINOR, MISSING, NOT_HUGETLB, PAGE_SIZE, SHMEM, WP, WRITEPROTECT, Context,
     CopyMode, Feature, PagefaultFlag, Range, Skip, Uffd, Waiter, bad_ranges, eventually, expect, faulting,
-    faulting_pages, orphaned, peek, poke, promise, refuses, uapi, unmap, unread_event, user_space_end,
+    faulting_pages, lowest_start, orphaned, peek, poke, promise, refuses, uapi, unmap, unread_event, user_space_end,
 )  # fmt: skip
 
 FOUR_GIB = 1 << 32
@@ -57,7 +57,10 @@ def test_wake_nobody(ctx: Context) -> None:
 
 @uffd_case("wake-everything", mem=(ANON,), pages=2, rows=("WK-02",), kind=Kind.DETAIL)
 def test_wake_everything(ctx: Context) -> None:
-    """UFFDIO_WAKE takes all of user space as one range, and not a page more."""
+    """UFFDIO_WAKE takes all of user space as one range, and not a page more.
+
+    Kernels before 2026 have that begin at vm.mmap_min_addr.
+    """
     end = user_space_end()
     if not end:
         raise Skip("the end of user space cannot be found")
@@ -68,7 +71,13 @@ def test_wake_everything(ctx: Context) -> None:
             with refuses(EINVAL):
                 ctx.uffd.wake(bad)
         ctx.uffd.expect_still_asleep(1)
-        ctx.uffd.wake(Range(0, end))
+        start = lowest_start()
+        ctx.uffd.expect_still_asleep(1)
+        if start:
+            with refuses(EINVAL):
+                ctx.uffd.wake(Range(start - PAGE_SIZE, end - start + PAGE_SIZE))
+            ctx.uffd.expect_still_asleep(1)
+        ctx.uffd.wake(Range(start, end - start))
         ctx.uffd.wait_fault(ctx.dst.start)
         ctx.uffd.copy(ctx.dst.start, ctx.src.start, PAGE_SIZE)
 
@@ -150,7 +159,7 @@ def test_wake_elsewhere(ctx: Context) -> None:
     page = ctx.dst.page(1)
     ctx.uffd.register(ctx.dst.range, MISSING)
     with faulting(ctx.uffd, page.start):
-        for length in (PAGE_SIZE, FOUR_GIB, FOUR_GIB + PAGE_SIZE, page.start):
+        for length in (PAGE_SIZE, FOUR_GIB, FOUR_GIB + PAGE_SIZE, page.start - lowest_start()):
             with promise("WK-04", f"the {length:#x} bytes before the page"):
                 ctx.uffd.wake(Range(page.start - length, length))
                 ctx.uffd.expect_still_asleep(1)

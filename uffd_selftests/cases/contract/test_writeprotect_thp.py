@@ -119,6 +119,7 @@ def test_writeprotect_thp_mprotect(ctx: Context) -> None:
     needs=("thp",),
     pages=1,
     rows=("WP-24", "REG-40"),
+    bugs=(61,),
     kind=Kind.DETAIL,
 )
 def test_writeprotect_thp_split(ctx: Context) -> None:

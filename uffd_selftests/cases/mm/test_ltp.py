@@ -15,9 +15,9 @@ from signal import SIGBUS
 
 from uffd_selftests.case import uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, MINOR, MISSING, NOT_HUGETLB, PROT_READ, SHMEM, SHMEM_PRIVATE, UNREGISTERED, WP, WRITEPROTECT, Advice,
-    Context, Fault, Feature, PagefaultFlag, Pagemap, Uffd, Waiter, advise, expect, expect_modes, faulting, peek, poke,
-    protect, touch_trapped, uapi,
+    ALL, ANON, MINOR, MISSING, NOT_HUGETLB, PROT_READ, SHMEM, SHMEM_PRIVATE, UNREGISTERED, USER_MODE_ONLY, WP,
+    WRITEPROTECT, Advice, Context, Fault, Feature, PagefaultFlag, Pagemap, Uffd, Waiter, advise, expect, expect_modes,
+    faulting, peek, poke, protect, touch_trapped,
 )  # fmt: skip
 
 OFFSET = 0xF
@@ -52,7 +52,7 @@ def test_userfaultfd02(ctx: Context) -> None:
     """A thread reads what UFFDIO_MOVE has put there, the message of its fault read without poll(2)."""
     ctx.src.fill()
     page = ctx.dst.page(1)
-    with Uffd.open(flags=os.O_CLOEXEC | uapi.UFFD_USER_MODE_ONLY) as uffd:
+    with Uffd.open(flags=os.O_CLOEXEC | USER_MODE_ONLY) as uffd:
         uffd.register(ctx.dst.range, MISSING)
         with Waiter(partial(peek, page.start + OFFSET)) as waiter:
             expect(uffd.read(), [Fault(page.start, PagefaultFlag(0))], "the message")

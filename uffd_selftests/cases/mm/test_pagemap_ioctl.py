@@ -163,6 +163,7 @@ def test_pagemap_base_hugetlb(variant: str) -> None:
     needs=("thp", *SCAN),
     pages=1,
     rows=("AS-04", "AS-07"),
+    bugs=(36,),
 )
 def test_pagemap_hpage(ctx: Context, variant: str) -> None:
     """Of several huge pages, mapped as a whole or page by page, any part can be reported and protected by itself.
@@ -328,7 +329,7 @@ def chosen(categories: PageCategory, required: PageCategory, anyof: PageCategory
     return categories & required == required and bool(not anyof or categories & anyof)
 
 
-@uffd_case("pagemap-sanity", mem=ALL, features=ASYNC, needs=SCAN, pages=6, rows=("AS-03",))
+@uffd_case("pagemap-sanity", mem=ALL, features=ASYNC, needs=SCAN, pages=6, rows=("AS-03",), bugs=(36,))
 def test_pagemap_sanity(ctx: Context) -> None:
     """Which pages a scan reports follows from their categories and its masks alone, whatever the masks are."""
     area = ctx.dst

@@ -17,7 +17,7 @@ from errno import EAGAIN, EEXIST, ENOENT
 from uffd_selftests.case import uffd_case
 from uffd_selftests.common import (
     ALL, ANON, DEADLINE, KERNEL_FAULTS, MINOR, MINOR_FAULTS, MISSING, NOT_HUGETLB, PAGE_SIZE, PROT_READ, SHARED, SHMEM,
-    SUCCESS, UFFD_USER_MODE_ONLY, UNREGISTERED, WP, WRITEPROTECT, Action, Advice, Area, Channel, Child, Context,
+    SUCCESS, UNREGISTERED, USER_MODE_ONLY, WP, WRITEPROTECT, Action, Advice, Area, Channel, Child, Context,
     FaultHandler, Feature, Forked, Outcomes, Pagemap, Race, Racer, Range, Skip, Uffd, WriteprotectMode, advise, adviser,
     continuer, copier, eventually, expect, expect_mappings, expect_modes, open_userfaultfds, peek, protect, protector,
     remapper, run_race, smaps_fields, toucher, unmap, zeroer,
@@ -364,7 +364,7 @@ def test_race_readers(ctx: Context, variant: str) -> None:
     ctx.src.fill()
     rounds, half = 10, ctx.nr_pages // 2
     with ExitStack() as stack:
-        uffd = stack.enter_context(Uffd.open(flags=flags | UFFD_USER_MODE_ONLY))
+        uffd = stack.enter_context(Uffd.open(flags=flags | USER_MODE_ONLY))
         uffd.register(ctx.dst.range, MISSING)
         handlers = [
             stack.enter_context(

@@ -147,6 +147,7 @@ def test_scan_huge_sizes() -> None:
     pages=1,
     rows=("AS-04",),
     bugs=(34,),
+    deadline=5,
     may_hang_kernel=True,
 )
 def test_scan_huge_hole(ctx: Context) -> None:
