@@ -87,10 +87,10 @@ def test_rwprotect_thp_two(ctx: Context) -> None:
 
 
 @uffd_case(
-    "rwprotect-thp-zeropage", mem=(ANON,), features=SYNC_RWP, needs=("thp",), pages=1, rows=("RW-15", "UNR-17"),
+    "rwprotect-thp-zeropage-cut", mem=(ANON,), features=SYNC_RWP, needs=("thp",), pages=1, rows=("RW-15", "UNR-17"),
     kind=Kind.DETAIL,
 )  # fmt: skip
-def test_rwprotect_thp_zeropage(ctx: Context) -> None:
+def test_rwprotect_thp_zeropage_cut(ctx: Context) -> None:
     """The huge zero page is protected whole and in part, traps by base page, and is unregistered like any other."""
     uffd = ctx.uffd
     for whole in (True, False):
