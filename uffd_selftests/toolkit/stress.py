@@ -471,6 +471,9 @@ def misaccessed(area: Area, pages: dict[str, array[int]], *, sync: bool) -> Iter
 
     Those that were there at the last protection are protected unless somebody has accessed them since, and then they
     are not; ``sync``: somebody must have un-protected them before. What is not in the page table shows nothing.
+
+    A handler un-protects a page without an access, too: one that a wake for other reasons sent through its fault once
+    more leaves a second message behind.
     """
     if not os.path.exists("/proc/self/pagemap"):
         return
@@ -478,11 +481,12 @@ def misaccessed(area: Area, pages: dict[str, array[int]], *, sync: bool) -> Iter
     lost, kept, unseen = [], [], []
     for page, before in enumerate(pages["touched_before"]):
         late = pages["written_late"][page]
+        resolved = pages["unprotected"][page] != pages["unprotected_before"][page]
         if late and marks[page]:
             kept.append(page)
-        elif before and present[page] and not marks[page] and pages["touches"][page] == before - 1:
+        elif before and present[page] and not marks[page] and pages["touches"][page] == before - 1 and not resolved:
             lost.append(page)
-        elif before and late and sync and pages["unprotected"][page] == pages["unprotected_before"][page]:
+        elif before and late and sync and not resolved:
             unseen.append(page)
     for what, wrong in (
         ("protection lost without an access", lost),
