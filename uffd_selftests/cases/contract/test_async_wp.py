@@ -178,7 +178,7 @@ def test_async_fork_event(ctx: Context) -> None:
 RESOLVABLE = Defect(
     id="D-AS-16",
     summary="UFFDIO_WRITEPROTECT un-protects a page that is tracked asynchronously, which makes it count as written",
-    kernels="6.12.117, 6.18.44",
+    kernels="6.12.117, 6.18.44, 7.3.4",
     advice="do not un-protect in a range registered with UFFD_FEATURE_WP_ASYNC",
     shows=r"expected EINVAL; the call succeeded",
 )

@@ -191,7 +191,7 @@ PASSED_OVER = Defect(
     id="D-AS-07",
     summary="PAGEMAP_SCAN with max_pages goes on behind a huge page that it cannot protect whole, "
     "and does not say so in walk_end",
-    kernels="6.12.117, 6.18.44",
+    kernels="6.12.117, 6.18.44, 7.3.4",
     advice="with PM_SCAN_WP_MATCHING on huge pages make max_pages a multiple of their size in base pages, or 0",
     shows=r"\d+ at most: expected \[\], looking until 0x\w+, got \[\], looking until 0x\w+",
 )

@@ -228,7 +228,7 @@ FORK_HOLDS = Defect(
     id="D-CL-07",
     summary="fork(2) that waits for its event hangs when its process closes the last userfaultfd: "
     "the child, not even born, holds a copy that nobody can read or close.",
-    kernels="6.1.192, 6.12.117, 6.18.44",
+    kernels="6.1.192, 6.12.117, 6.18.44, 7.3.4",
     advice="With UFFD_FEATURE_EVENT_FORK keep the descriptor in a monitor process, or read events until fork returns.",
     shows=r"expected 0, got UFFDIO_REGISTER_MODE_MISSING$",
 )

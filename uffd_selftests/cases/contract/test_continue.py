@@ -321,7 +321,7 @@ def test_continue_beyond_eof_refused(ctx: Context) -> None:
 D_NOT_OFFERED = Defect(
     id="D-CT-12",
     summary="UFFDIO_CONTINUE works on a range registered for missing faults only, which did not offer it",
-    kernels="6.1.192, 6.12.117, 6.18.44",
+    kernels="6.1.192, 6.12.117, 6.18.44, 7.3.4",
     advice="Nothing breaks; do not rely on it.",
     shows=r"expected EINVAL; the call succeeded",
 )

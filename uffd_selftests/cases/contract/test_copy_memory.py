@@ -279,7 +279,7 @@ POOL_EMPTY = Defect(
     id="D-CP-28",
     summary="UFFDIO_COPY into a huge page says EEXIST when the pool has no page left, although nothing is mapped: who "
     "answers EEXIST with UFFDIO_WAKE makes the thread fault for ever.",
-    kernels="6.18.44; not 6.1.192, 6.12.117",
+    kernels="6.18.44, 7.3.4; not 6.1.192, 6.12.117",
     advice="Reserve the huge pages (mmap without MAP_NORESERVE); after EEXIST ask pagemap or mincore(2) for the page.",
     shows=r"expected ENOMEM with copy = -ENOMEM; got .*: EEXIST with copy = -EEXIST",
 )

@@ -157,7 +157,7 @@ FOREIGN = Defect(
     id="D-CP-43",
     summary="Any userfaultfd of a process may fill, poison or protect a range that another one owns, and does not wake "
     "the threads that sleep there; only UFFDIO_MOVE asks who the owner is.",
-    kernels="6.1.192, 6.12.117, 6.18.44",
+    kernels="6.1.192, 6.12.117, 6.18.44, 7.3.4",
     advice="Send each request through the handle that registered the range.",
     shows=r"UFFDIO_\w+: expected a refusal; the call succeeded",
 )

@@ -395,7 +395,7 @@ LOST = Defect(
     id="D-EV-34",
     summary="a read of UFFD_EVENT_FORK into memory that cannot be written fails with EFAULT, yet takes the message "
     "away and leaves a userfaultfd open that nobody was told of",
-    kernels="6.1.192, 6.12.117, 6.18.44",
+    kernels="6.1.192, 6.12.117, 6.18.44, 7.3.4",
     advice="Read into memory that is there; it happens to a monitor with a defect only.",
     shows=r"expected \(True, 0\), got \(False, 1\)",
 )

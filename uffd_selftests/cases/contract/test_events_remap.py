@@ -87,7 +87,7 @@ SHRUNK = Defect(
     id="D-EV-20",
     summary="a mapping that shrinks as it moves is announced with its new length, where older kernels and "
     "userfaultfd(2) have its original one",
-    kernels="6.18.44; not 6.1.192, 6.12.117",
+    kernels="6.18.44, 7.3.4; not 6.1.192, 6.12.117",
     advice="Take what lies behind the announced length at the old place for gone as well; UFFD_EVENT_UNMAP tells.",
     shows=r"remap\.len: expected",
 )

@@ -188,7 +188,7 @@ SEALED = Defect(
     id="D-EV-13",
     summary="munmap of registered and then of sealed memory fails with EPERM and unmaps nothing, yet announces "
     "UFFD_EVENT_UNMAP for the whole range",
-    kernels="6.12.117, 6.18.44",
+    kernels="6.12.117, 6.18.44, 7.3.4",
     advice="Do not seal mappings beside registered ones; else look into /proc/PID/maps when UFFD_EVENT_UNMAP comes.",
     shows=r"events of a munmap that failed: expected \[\], got \[Unmapped\([^\[]*\]",
 )

@@ -155,7 +155,7 @@ SPINS = Defect(
     id="D-FL-16",
     summary="A handled signal to a thread whose system call sleeps in a fault makes it spin, all its time in the "
     "kernel, until the fault is resolved; poll(2) of the userfaultfd says readable while read(2) says EAGAIN.",
-    kernels="6.1.192, 6.12.117, 6.18.44",
+    kernels="6.1.192, 6.12.117, 6.18.44, 7.3.4",
     advice="Resolve faults soon, read until EAGAIN and poll again, block signals in threads that make system calls "
     "on registered memory, or touch it before.",
     shows=r"sleeps again after a signal: expected True, got False",

@@ -119,7 +119,7 @@ NO_SIGNAL = Defect(
     id="D-FL-09",
     summary="With UFFD_USER_MODE_ONLY a fault of the kernel raises no SIGBUS, against userfaultfd(2): "
     "the system call fails with EFAULT.",
-    kernels="6.1.192, 6.12.117, 6.18.44",
+    kernels="6.1.192, 6.12.117, 6.18.44, 7.3.4",
     advice="Expect EFAULT of system calls on missing memory; the manual page is wrong, not the kernel.",
     shows=r"signals of a read\(2\) into a missing page: expected .*SIGBUS.*, got \[\]",
 )

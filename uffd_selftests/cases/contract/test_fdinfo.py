@@ -269,7 +269,7 @@ def test_fdinfo_target_ends(ctx: Context) -> None:
 INTERNAL_BIT = Defect(
     id="D-FI-03",
     summary="fdinfo shows bit 31 among the features once the handshake is made, a mark of the kernel's own.",
-    kernels="6.1.192, 6.12.117, 6.18.44 (since 5.15)",
+    kernels="6.1.192, 6.12.117, 6.18.44, 7.3.4 (since 5.15)",
     advice="Take bit 31 out before you look at the features that fdinfo shows.",
     shows=r"features in fdinfo: expected 0x0, got 0x80000000$",
 )

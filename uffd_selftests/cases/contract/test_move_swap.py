@@ -102,7 +102,7 @@ def test_move_freed(ctx: Context) -> None:
 D_SWAPPED_WP = Defect(
     id="D-MV-22",
     summary="UFFDIO_MOVE of a write-protected page in swap takes the uffd-wp bit into a range not registered for it",
-    kernels="6.12.117, 6.18.44",
+    kernels="6.12.117, 6.18.44, 7.3.4",
     advice="Un-protect a source range before pages are moved out of it.",
     shows=r"after UFFDIO_MOVE: expected PM_UFFD_WP .* pages: none, got 0",
 )

@@ -299,7 +299,7 @@ def test_poison_outlives_handle(ctx: Context) -> None:
 D_PAGEMAP = Defect(
     id="D-PO-15",
     summary="/proc/PID/pagemap shows a poisoned base page as swapped out, with an offset that means nothing",
-    kernels="6.12.117, 6.18.44",
+    kernels="6.12.117, 6.18.44, 7.3.4",
     advice="Do not count pages as swapped out by PM_SWAP of pagemap alone where UFFDIO_POISON is in use.",
     shows=r"PM_SWAP in pagemap: expected 0, got PM_SWAP",
 )

@@ -216,7 +216,7 @@ def test_poll_edge(ctx: Context) -> None:
 NO_RDNORM = Defect(
     id="D-PL-08",
     summary="poll(2) for POLLRDNORM alone is never answered: the kernel reports POLLIN without it.",
-    kernels="6.1.192, 6.12.117, 6.18.44",
+    kernels="6.1.192, 6.12.117, 6.18.44, 7.3.4",
     advice="Ask for POLLIN.",
     shows=r"for POLLRDNORM: expected POLLRDNORM, got 0",
 )

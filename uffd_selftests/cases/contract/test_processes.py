@@ -323,7 +323,7 @@ DEBUGGER = Defect(
     id="D-PR-06",
     summary="a missing or protected page cannot be reached through /proc/PID/mem and ptrace(2): EIO, and whoever could "
     "provide it is not told",
-    kernels="6.1.192, 6.12.117, 6.18.44",
+    kernels="6.1.192, 6.12.117, 6.18.44, 7.3.4",
     advice="Have the page filled or released first, or use process_vm_readv(2).",
     shows=r"got \(0, 'EIO'\)",
 )

@@ -349,7 +349,7 @@ def test_read_signal(ctx: Context) -> None:
 EATEN = Defect(
     id="D-RD-11",
     summary="read(2) into a bad buffer fails with EFAULT, but the message is gone: it is never told again.",
-    kernels="6.1.192, 6.12.117, 6.18.44",
+    kernels="6.1.192, 6.12.117, 6.18.44, 7.3.4",
     advice="Read into memory that is there; after EFAULT wake the whole registered area, which brings new messages.",
     shows=r"after read\(2\) failed with EFAULT: expected 1, got 0",
 )
@@ -357,7 +357,7 @@ EATEN = Defect(
 SECOND_EATEN = Defect(
     id="D-RD-12",
     summary="read(2) whose buffer is bad from the second message on returns the first, but the second is gone.",
-    kernels="6.1.192, 6.12.117, 6.18.44",
+    kernels="6.1.192, 6.12.117, 6.18.44, 7.3.4",
     advice="Read into memory that is there for the whole length that is asked for.",
     shows=r"after read\(2\) returned one of two: expected 1, got 0",
 )
@@ -529,7 +529,7 @@ INTERRUPTED = Defect(
     id="D-RD-17",
     summary="IORING_OP_READ of a userfaultfd without O_NONBLOCK completes at once with -EINTR, or with the "
     "kernel's own -ERESTARTSYS.",
-    kernels="6.12.117, 6.18.44; with -ERESTARTSYS (512) 6.16.12, 6.17.13, 6.18.15; not 6.1.192",
+    kernels="6.12.117, 6.18.44, 7.3.4; with -ERESTARTSYS (512) 6.16.12, 6.17.13, 6.18.15; not 6.1.192",
     advice="Give the descriptor O_NONBLOCK, or the request IOSQE_ASYNC.",
     shows=r"result of the request: expected 32, got -(EINTR|512)",
 )

@@ -155,7 +155,7 @@ def test_writeprotect_tables(ctx: Context) -> None:
 SHOWN_AS_SWAPPED = Defect(
     id="D-WP-32",
     summary="pagemap shows a page that is protected but not there as swapped out, though nothing is in swap",
-    kernels="6.12.117, 6.18.44",
+    kernels="6.12.117, 6.18.44, 7.3.4",
     advice="do not take PM_SWAP, or PAGE_IS_SWAPPED, of a page with PM_UFFD_WP for a sign of swapping",
     shows=r"PM_SWAP in the page's entry: expected 0, got PM_SWAP",
 )

@@ -101,7 +101,7 @@ def test_writeprotect_dontneed_zeropage(ctx: Context) -> None:
 KEPT_BY_REMOVE = Defect(
     id="D-WP-16",
     summary="MADV_REMOVE leaves the pages that it drops protected: the next write to each is trapped",
-    kernels="6.1.192, 6.12.117, 6.18.44",
+    kernels="6.1.192, 6.12.117, 6.18.44, 7.3.4",
     advice="un-protect a range of shared memory after removing it, or expect one more write-protect fault a page",
     shows=r"after removing page 1: .* on exactly these pages: 0, got 0-1;",
 )

@@ -407,7 +407,7 @@ MARKER_REFUSED = Defect(
     id="D-ZP-11",
     summary="UFFDIO_ZEROPAGE says EEXIST where a missing page of private memory is write-protected, as if the page "
     "were there; UFFDIO_COPY fills it, and drops the protection.",
-    kernels="6.12.117, 6.18.44",
+    kernels="6.12.117, 6.18.44, 7.3.4",
     advice="Fill protected missing pages with UFFDIO_COPY from a page of zeroes, with MODE_WP to keep them protected.",
     shows=r"UFFDIO_ZEROPAGE\(.*\): EEXIST with zeropage = -EEXIST",
 )

@@ -275,7 +275,7 @@ UNPROTECTED = Defect(
     id="D-MV-21",
     summary="UFFDIO_MOVE drops the write protection of a page, also between ranges that are both registered for it: "
     "the next write is missed.",
-    kernels="6.12.117, 6.18.44; by their source all since 6.8, the first with UFFDIO_MOVE",
+    kernels="6.12.117, 6.18.44, 7.3.4; by their source all since 6.8, the first with UFFDIO_MOVE",
     advice="Protect the destination again before anybody can write to it, or do not move protected pages.",
     shows=r"after UFFDIO_MOVE: expected PM_UFFD_WP .*, got none;",
 )
