@@ -64,7 +64,7 @@ def assorted(ctx: Context) -> tuple[Area, set[int]]:
     features=ASYNC,
     needs=("swap", *SCAN),
     pages=1,
-    rows=("AS-04", "AS-08"),
+    rows=("AS-04", "AS-08"), bugs=(36,),
 )
 def test_scan_mixed(ctx: Context, variant: str) -> None:
     """Present, swapped, zero and missing pages are each found and protected where they are, in any part of a range."""
@@ -97,7 +97,7 @@ def check_contents(area: Area) -> None:
             area.expect_zero(page, 1)
 
 
-@uffd_case("scan-mixed-limit", mem=(ANON,), features=ASYNC, needs=("swap", *SCAN), pages=1, rows=("AS-07",))
+@uffd_case("scan-mixed-limit", mem=(ANON,), features=ASYNC, needs=("swap", *SCAN), pages=1, rows=("AS-07",), bugs=(36,))
 def test_scan_mixed_limit(ctx: Context) -> None:
     """Whatever kind of page max_pages or the room ends at, it is not protected, and the next scan begins with it."""
     for name, query in QUERIES.items():
@@ -123,7 +123,7 @@ def test_scan_mixed_limit(ctx: Context) -> None:
             unmap(area.range)
 
 
-@uffd_case("scan-mixed-cached", mem=(SHMEM, SHMEM_PRIVATE), features=ASYNC, needs=SCAN, pages=12, rows=("AS-04",))
+@uffd_case("scan-mixed-cached", mem=(SHMEM, SHMEM_PRIVATE), features=ASYNC, needs=SCAN, pages=12, rows=("AS-04",), bugs=(36,))
 def test_scan_mixed_cached(ctx: Context) -> None:
     """In a file, pages mapped, only cached, protected without being there, and missing are treated alike."""
     area, uffd = ctx.dst, ctx.uffd
@@ -171,7 +171,7 @@ def test_scan_parts(ctx: Context) -> None:
     undisturbed(uffd, lambda: area.expect_pattern_of(area))
 
 
-@uffd_case("scan-limit-hole", mem=NOT_HUGETLB, features=ASYNC, needs=SCAN, pages=1, rows=("AS-07",), kind=Kind.DETAIL)
+@uffd_case("scan-limit-hole", mem=NOT_HUGETLB, features=ASYNC, needs=SCAN, pages=1, rows=("AS-07",), bugs=(36,), kind=Kind.DETAIL)
 def test_scan_limit_hole(ctx: Context) -> None:
     """Where there is no page table, max_pages ends the scan and the protection at the same page."""
     per_table = PAGE_SIZE // 8
