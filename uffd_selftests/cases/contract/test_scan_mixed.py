@@ -123,7 +123,9 @@ def test_scan_mixed_limit(ctx: Context) -> None:
             unmap(area.range)
 
 
-@uffd_case("scan-mixed-cached", mem=(SHMEM, SHMEM_PRIVATE), features=ASYNC, needs=SCAN, pages=12, rows=("AS-04",), bugs=(36,))
+@uffd_case(
+    "scan-mixed-cached", mem=(SHMEM, SHMEM_PRIVATE), features=ASYNC, needs=SCAN, pages=12, rows=("AS-04",), bugs=(36,),
+)  # fmt: skip
 def test_scan_mixed_cached(ctx: Context) -> None:
     """In a file, pages mapped, only cached, protected without being there, and missing are treated alike."""
     area, uffd = ctx.dst, ctx.uffd
@@ -171,7 +173,9 @@ def test_scan_parts(ctx: Context) -> None:
     undisturbed(uffd, lambda: area.expect_pattern_of(area))
 
 
-@uffd_case("scan-limit-hole", mem=NOT_HUGETLB, features=ASYNC, needs=SCAN, pages=1, rows=("AS-07",), bugs=(36,), kind=Kind.DETAIL)
+@uffd_case(
+    "scan-limit-hole", mem=NOT_HUGETLB, features=ASYNC, needs=SCAN, pages=1, rows=("AS-07",), bugs=(36,), kind=Kind.DETAIL,
+)  # fmt: skip
 def test_scan_limit_hole(ctx: Context) -> None:
     """Where there is no page table, max_pages ends the scan and the protection at the same page."""
     per_table = PAGE_SIZE // 8

@@ -89,7 +89,9 @@ def test_scan_thp_room(ctx: Context) -> None:
     undisturbed(ctx.uffd, lambda: area.expect_pattern_of(area))
 
 
-@uffd_case("scan-thp-mixed", mem=(ANON,), features=ASYNC, needs=("thp", *SCAN), pages=1, rows=("AS-03", "AS-04"), bugs=(36,))
+@uffd_case(
+    "scan-thp-mixed", mem=(ANON,), features=ASYNC, needs=("thp", *SCAN), pages=1, rows=("AS-03", "AS-04"), bugs=(36,),
+)  # fmt: skip
 def test_scan_thp_mixed(ctx: Context) -> None:
     """In one scan, a huge page, one cut into small ones, one that is dropped and one of zeroes are each told right."""
     require_small_thp()
