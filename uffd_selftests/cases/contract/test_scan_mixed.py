@@ -174,7 +174,8 @@ def test_scan_parts(ctx: Context) -> None:
 
 
 @uffd_case(
-    "scan-limit-hole", mem=NOT_HUGETLB, features=ASYNC, needs=SCAN, pages=1, rows=("AS-07",), bugs=(36,), kind=Kind.DETAIL,
+    "scan-limit-hole", mem=NOT_HUGETLB, features=ASYNC, needs=SCAN, pages=1, rows=("AS-07",), bugs=(36,),
+    kind=Kind.DETAIL,
 )  # fmt: skip
 def test_scan_limit_hole(ctx: Context) -> None:
     """Where there is no page table, max_pages ends the scan and the protection at the same page."""
