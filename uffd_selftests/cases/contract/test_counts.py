@@ -7,12 +7,14 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from errno import EAGAIN, EEXIST
+from functools import partial
+from resource import RUSAGE_THREAD, getrusage
 
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, FILE_BACKED, HOLES, MINOR, MINOR_FAULTS, MISSING, NOT_HUGETLB, PAGE_SIZE, WP, WRITEPROTECT, Advice, Area,
-    Channel, Context, Feature, advise, expect, huge_area, monitored, own_memory_group, promise, refuses, resident,
-    touch,
+    ALL, ANON, FILE_BACKED, HOLES, MINOR, MINOR_FAULTS, MISSING, NOT_HUGETLB, PAGE_SIZE, RWP, SYNC_RWP, WP,
+    WRITEPROTECT, Advice, Area, Channel, Child, Context, Feature, Range, advise, expect, huge_area, monitored,
+    own_memory_group, promise, refuses, remap, resident, rwp_protected, touch, undisturbed,
 )  # fmt: skip
 
 FIELDS = ("RssAnon", "RssFile", "RssShmem", "HugetlbPages", "VmSwap")
@@ -71,6 +73,10 @@ def expect_counted(ctx: Context, area: Area, fill: Callable[[], object], wanted:
     counts.expect_grown(wanted, f"after {what} and UFFDIO_UNREGISTER")
     advise(area.range, Advice.DONTNEED)
     counts.expect_grown({BLOCKS: wanted.get(BLOCKS, 0)}, f"after {what} and MADV_DONTNEED")
+    if ctx.mem.shared:
+        before = counts.before.get(BLOCKS, 0)
+        advise(area.range, Advice.REMOVE)
+        counts.expect_grown({BLOCKS: -before}, f"after {what} and MADV_REMOVE")
 
 
 # ---- of the process and of the file --------------------------------------------------------------------------------
@@ -195,6 +201,42 @@ def test_counts_writeprotect(ctx: Context) -> None:
             counts.expect_grown({}, "after UFFDIO_WRITEPROTECT")
             ctx.uffd.unprotect(area.range)
             counts.expect_grown({}, "after it was taken back")
+
+
+# ---- faults of the process -----------------------------------------------------------------------------------------
+
+
+def faults_of(call: Callable[[], object]) -> int:
+    """Return how many faults this thread has while it makes a call."""
+    before = getrusage(RUSAGE_THREAD).ru_minflt
+    call()
+    return getrusage(RUSAGE_THREAD).ru_minflt - before
+
+
+@uffd_case(
+    "counts-faults", mem=(ANON,), features=SYNC_RWP, pages=256, rows=("UNR-16", "RW-02", "RW-52", "RW-56"),
+    kind=Kind.DETAIL,
+)  # fmt: skip
+def test_counts_faults(ctx: Context) -> None:
+    """Pages that are not protected any more are accessible at once: to read them all takes no fault a page."""
+
+    def expect_no_faults(where: Range, when: str) -> None:
+        faults = faults_of(partial(touch, where, PAGE_SIZE))
+        expect(faults < ctx.nr_pages // 2, True, f"{when}: that {faults} faults are few for {ctx.nr_pages} pages")
+
+    advise(ctx.dst.range, Advice.NOHUGEPAGE)
+    area, place = rwp_protected(ctx), ctx.allocate()
+    ctx.uffd.resolve(area.range)
+    expect_no_faults(area.range, "after they were resolved")
+    ctx.uffd.rwprotect(area.range)
+    with Child(lambda _: expect_no_faults(area.range, "in a child that is not told of")):
+        pass
+    ctx.uffd.unregister(area.range)
+    expect_no_faults(area.range, "after UFFDIO_UNREGISTER")
+    ctx.uffd.register(area.range, RWP)
+    ctx.uffd.rwprotect(area.range)
+    undisturbed(ctx.uffd, partial(remap, area.range, to=place.start))
+    expect_no_faults(place.range, "after mremap")
 
 
 # ---- who pays ------------------------------------------------------------------------------------------------------

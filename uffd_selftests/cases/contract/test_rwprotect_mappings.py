@@ -12,11 +12,12 @@ from signal import SIGSEGV
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
     ALL, ANON, ASYNC_RWP, FORK, MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, MIXED, PROT_NONE,
-    PROT_READ, PROT_WRITE, READ_TRAPPED, REMAP, REMOVE, RWP, SYNC_RWP, UNMAP, UNREGISTERED, WRITE_TRAPPED, AccessError,
-    Advice, Area, Channel, Child, Context, Message, Pagemap, Trap, Uffd, Waiter, advise, await_child_event,
-    await_event, await_fault, expect, expect_modes, expect_no_memory, expect_rwp_free, expect_rwp_trapped, faulting,
-    huge_mixture, map_memory, mixture, monitored, moved, peek, pmd_mapped, promise, protect, read_fork, refuses, remap,
-    removed, resident, rewrite, rwp_protected, take_event, touch, undisturbed, unmap, unmapped,
+    PROT_READ, PROT_WRITE, READ_TRAPPED, REMAP, REMOVE, RWP, SYNC_RWP, UNMAP, UNREGISTERED, WRITE_TRAPPED,
+    AccessError, Advice, Area, Channel, Child, Context, Message, Pagemap, Trap, Uffd, Waiter, advise,
+    await_child_event, await_event, await_fault, expect, expect_modes, expect_no_memory, expect_rwp_free,
+    expect_rwp_trapped, faulting, huge_area, huge_mixture, map_memory, mixture, monitored, moved, peek, pmd_mapped,
+    promise, protect, read_fork, refuses, remap, removed, resident, rewrite, rwp_protected, take_event, touch,
+    undisturbed, unmap, unmapped,
 )  # fmt: skip
 
 READ_WRITE = PROT_READ | PROT_WRITE
@@ -118,6 +119,18 @@ def test_rwprotect_thp_mprotect(ctx: Context) -> None:
         protect(area.page(first, 2), READ_WRITE)
     mix.expect_marks("after parts were under PROT_NONE")
     mix.expect_trapped(ctx.uffd)
+
+
+@uffd_case("rwprotect-thp-mprotect-traps", mem=(ANON,), features=SYNC_RWP, needs=("thp",), pages=1, rows=("RW-48",))
+def test_rwprotect_thp_mprotect_traps(ctx: Context) -> None:
+    """A huge page that was made inaccessible and accessible again, whole, traps at the first access to any part."""
+    for prot in (PROT_NONE, PROT_READ):
+        for page in (0, 5, -1):
+            area = rwp_protected(ctx, area=huge_area(ctx))
+            protect(area.range, prot)
+            protect(area.range, READ_WRITE)
+            with promise("RW-48", f"prot {prot}, page {page}"):
+                expect_rwp_trapped(ctx.uffd, area, page % area.nr_pages)
 
 
 @uffd_case("rwprotect-none", mem=ALL, features=SYNC_RWP, pages=6, rows=("RW-49",), kind=Kind.DETAIL)
