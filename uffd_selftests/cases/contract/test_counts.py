@@ -4,21 +4,25 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from errno import EAGAIN, EEXIST
 
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, FILE_BACKED, HOLES, MINOR, MINOR_FAULTS, MISSING, NOT_HUGETLB, PAGE_SIZE, WP, WRITEPROTECT, Advice, Area,
-    Channel, Context, Feature, advise, expect, huge_area, monitored, own_memory_group, promise, refuses, resident,
-    touch,
+    ALL, ANON, FILE_BACKED, HOLES, MINOR, MINOR_FAULTS, MISSING, NOT_HUGETLB, PAGE_SIZE, PM_PFN_MASK, SHMEM_PRIVATE, WP,
+    WRITEPROTECT, Advice, Area, Channel, Context, Feature, KernelError, Pagemap, Skip, advise, errno_name, expect,
+    huge_area, keep_small, monitored, own_memory_group, promise, refuses, resident, syscalls, touch,
 )  # fmt: skip
 
 FIELDS = ("RssAnon", "RssFile", "RssShmem", "HugetlbPages", "VmSwap")
 BLOCKS = "blocks of the file"
 SLACK = 2 * max(32, 2 * (os.cpu_count() or 1))
 """Pages by which a count of /proc/PID/status may be off: a processor adds up so many before it tells (mm/memory.c)."""
+MLOCK_ONFAULT = 1
+KPF_MLOCKED = 1 << 33
+"""Of /proc/kpageflags (include/linux/kernel-page-flags.h)."""
 MANY = 1024
 """Pages whose count stands out from that."""
 
@@ -51,6 +55,17 @@ def count_of(area: Area, *, of_file: bool) -> str:
     if area.mem.hugetlb:
         return "HugetlbPages"
     return "RssShmem" if of_file else "RssAnon"
+
+
+def locked(address: int) -> bool:
+    """Whether the page at an address is one that mlock(2) keeps in memory (/proc/kpageflags)."""
+    number = Pagemap.entry(address) & PM_PFN_MASK
+    try:
+        with open("/proc/kpageflags", "rb", buffering=0) as flags:
+            word = os.pread(flags.fileno(), 8, number * 8)
+    except OSError as error:
+        raise Skip(f"/proc/kpageflags: {errno_name(error.errno or 0)}: CONFIG_PROC_PAGE_MONITOR") from None
+    return bool(int.from_bytes(word, sys.byteorder) & KPF_MLOCKED)
 
 
 def area_to_count(ctx: Context) -> Area:
@@ -221,3 +236,28 @@ def test_charge_remote(ctx: Context) -> None:
     # Memory that others had before may have been given back meanwhile.
     what = f"of {area.range.len} bytes copied, most are charged to the cgroup of their owner ({grown})"
     expect(grown > area.range.len * 3 // 4, True, what)
+
+
+@uffd_case(
+    "counts-locked",
+    mem=(ANON, SHMEM_PRIVATE),
+    needs=("cap_sys_admin",),
+    pages=4,
+    rows=("AC-01",),
+    kind=Kind.DETAIL,
+)
+def test_counts_locked(ctx: Context) -> None:
+    """Anonymous pages that UFFDIO_COPY puts into locked memory are locked, like one that the process touched."""
+    area = ctx.dst
+    keep_small(area.range)
+    try:
+        syscalls.call("mlock2", area.start, area.range.len, MLOCK_ONFAULT)
+    except KernelError as error:
+        raise Skip(f"mlock2(2): {errno_name(error.errno or 0)}: raise RLIMIT_MEMLOCK (ulimit -l)") from None
+    touch(area.page(3), PAGE_SIZE, write=True)
+    ctx.src.fill()
+    ctx.uffd.register(area.range, MISSING)
+    ctx.uffd.copy(area.start, ctx.src.start, 3 * PAGE_SIZE)
+    expect([locked(area.page(number).start) for number in range(4)], [True] * 4, "whether each page is locked")
+    syscalls.call("munlock", area.start, area.range.len)
+    area.expect_pattern_of(ctx.src, 0, 3)
