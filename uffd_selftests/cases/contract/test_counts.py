@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from errno import EAGAIN, EEXIST
 
 from uffd_selftests.case import Kind, uffd_case
@@ -100,6 +100,20 @@ def test_counts_copy(ctx: Context) -> None:
     number = area.range.len // PAGE_SIZE
     wanted = {count_of(area, of_file=ctx.mem.shared): number, BLOCKS: number if ctx.mem.shared else 0}
     expect_counted(ctx, area, lambda: ctx.uffd.copy(area.start, src.start, area.range.len), wanted, "UFFDIO_COPY")
+
+
+@uffd_case(
+    "counts-copy-fresh", mem=ALL, pages=3, spare_hugepages=1, rows=("AC-01", "AC-02", "CP-30"), kind=Kind.DETAIL
+)
+def test_counts_copy_fresh(ctx: Context) -> None:
+    """UFFDIO_COPY counts its pages once, too, when it had to fault its source: here with the zero page, uncounted."""
+    area = area_to_count(ctx)
+    number = area.range.len // PAGE_SIZE
+    ctx.uffd.register(area.range, MISSING)
+    wanted = {count_of(area, of_file=ctx.mem.shared): number, BLOCKS: number if ctx.mem.shared else 0}
+    with closing(ANON.allocate(number)) as src:
+        keep_small(src.range)
+        expect_counted(ctx, area, lambda: ctx.uffd.copy(area.start, src.start, area.range.len), wanted, "UFFDIO_COPY")
 
 
 @uffd_case("counts-zeropage", mem=NOT_HUGETLB, pages=3, rows=("AC-01", "AC-02"), kind=Kind.DETAIL)
