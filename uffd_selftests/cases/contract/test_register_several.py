@@ -295,3 +295,24 @@ def test_unregister_several(ctx: Context) -> None:
 def test_unregister_several_rwp(ctx: Context) -> None:
     """One call takes RWP and its protection of every page of the range, or with a file in it, of none."""
     unregister_several(ctx, RWP)
+
+
+@uffd_case("unregister-over-holes", mem=ALL, features=WRITEPROTECT, pages=8, rows=("UNR-02",), kind=Kind.DETAIL)
+def test_unregister_over_holes(ctx: Context) -> None:
+    """Behind a hole in the range, too, registration and protection are taken, in whatever modes it is."""
+    area = ctx.dst
+    area.fill()
+    modes = {0: WP, 2: WP, 4: MISSING | WP, 6: WP, 7: WP}
+    for hole in (1, 3, 5):
+        unmap(area.page(hole))
+    for number, mode in modes.items():
+        ctx.uffd.register(area.page(number), mode)
+        ctx.uffd.writeprotect(area.page(number))
+    ctx.uffd.unregister(area.page(0, 7))
+    for number in modes:
+        with promise("UNR-02", f"page {number}"):
+            left = number == 7
+            expect_modes(area.page(number), WP if left else FREE)
+            expect(any(Pagemap.have(area.page(number), PM_UFFD_WP)), left, "whether it is protected")
+    expect_free(ctx.uffd, area, 0, 2, 4, 6)
+    expect_trapped(ctx.uffd, area, 7)
