@@ -7,6 +7,10 @@ import errno
 import os
 from pathlib import Path
 
+OWN_MACHINE = "UFFD_OWN_MACHINE"
+"""Environment variable: this machine is there for the suite alone, as a guest of --kernel is; nobody else has pages here
+that would be merged, watched or written out."""
+
 
 def number(path: Path | str) -> int:
     """Read a number; 0 from a file that this kernel lacks."""

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from uffd_selftests.machine.settings import Sysctl
+from uffd_selftests.machine.system import OWN_MACHINE
 from uffd_selftests.mem_types import Area
 from uffd_selftests.toolkit.access import peek, poke
 from uffd_selftests.toolkit.context import Context
@@ -41,14 +42,14 @@ def merged(area: Area, *pages: int) -> bool:
 def merging(ctx: Context) -> Iterator[None]:
     """Have KSM for this case alone, for let_merge(); at the end of the block nothing is merged or watched any more.
 
-    Skip where pages are merged already, or other programs have memory to be merged, or it cannot be had.
+    Skip where pages are merged already, or the machine is not the suite's own, or it cannot be had.
     """
     try:
         idle = (KSM / "run").read_text().strip() == "0" and int((KSM / "pages_shared").read_text()) == 0
     except OSError:
         raise Skip(f"{KSM}: ENOENT: boot a kernel with CONFIG_KSM") from None
-    if not idle or _others_mergeable():
-        raise Skip("pages of others are merged, or would be: run it in a guest (--kernel)")
+    if not idle or OWN_MACHINE not in os.environ:
+        raise Skip(f"pages of other programs would be merged: run it in a guest (--kernel), or with {OWN_MACHINE}=1")
     with ExitStack() as stack:
         try:
             for name, value in (("sleep_millisecs", 0), ("pages_to_scan", 1000)):
@@ -61,17 +62,6 @@ def merging(ctx: Context) -> Iterator[None]:
             ctx.uffd.close()
             with Sysctl(KSM / "run", 2):  # which undoes all merging
                 pass
-
-
-def _others_mergeable() -> bool:
-    """Whether another process has memory that may be merged, as far as the kernel tells (Linux 6.14)."""
-    for path in Path("/proc").glob("[0-9]*/ksm_stat"):
-        try:
-            if int(path.parent.name) != os.getpid() and "ksm_mergeable: yes" in path.read_text():
-                return True
-        except OSError:  # it has ended
-            pass
-    return False
 
 
 def let_merge(area: Area, done: Callable[[], bool]) -> bool:

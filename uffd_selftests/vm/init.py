@@ -24,6 +24,7 @@ from uffd_selftests.abi.syscalls import number
 from uffd_selftests.machine.hugepages import HUGEPAGES, hugepage_sizes
 from uffd_selftests.machine.swap import swap_files
 from uffd_selftests.machine.swapfile import make_swap, swap_on
+from uffd_selftests.machine.system import OWN_MACHINE
 
 MOUNTS = (("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"))
 OPTIONAL_MOUNTS = (
@@ -106,6 +107,7 @@ def prepare() -> None:
     """
     os.environ["PATH"] = "/usr/bin:/bin:/usr/sbin:/sbin"
     os.environ["PYTHONPATH"] = sys.path[0]  # for programs of the suite's own
+    os.environ[OWN_MACHINE] = "1"
     for kind, place in MOUNTS:
         mount(kind, place)
     for kind, place in OPTIONAL_MOUNTS:

@@ -11,8 +11,8 @@ from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
     ALL, ANON, MAP_ANONYMOUS, MAP_PRIVATE, MISSING, PAGE_SIZE, PROT_NONE, PROT_READ, PROT_WRITE, UNTOUCHED, WP, WRITE,
     WRITEPROTECT, Context, CopyMode, Feature, PagefaultFlag, Pagemap, Range, UffdError, bad_ranges, copy, expect,
-    expect_failed, expect_same, faulting, faulting_pages, lowest_start, map_memory, peek, poke, prepare, promise,
-    protect, read_only, refuses, touch, touch_trapped, uapi, undisturbed, unmap, user_space_end,
+    expect_failed, expect_same, expect_trapped, faulting, faulting_pages, lowest_start, map_memory, peek, poke, prepare,
+    promise, protect, read_only, refuses, touch, touch_trapped, uapi, undisturbed, unmap, user_space_end,
 )  # fmt: skip
 
 
@@ -363,6 +363,27 @@ def test_copy_wp(ctx: Context) -> None:
             ctx.uffd.expect_still_asleep(1)
             ctx.uffd.unprotect(ctx.dst.page(page))
     ctx.dst.expect_pattern_of(ctx.src)
+
+
+@uffd_case(
+    "copy-wp-mixed-source",
+    mem=ALL,
+    features=WRITEPROTECT,
+    pages=4,
+    spare_hugepages=1,
+    rows=("CP-35", "CP-30"),
+    kind=Kind.DETAIL,
+)
+def test_copy_wp_mixed_source(ctx: Context) -> None:
+    """MODE_WP protects every page, also one whose source had to be faulted first, and those behind it."""
+    for page in 0, 2:
+        ctx.src.fill(page, 1)
+    ctx.uffd.register(ctx.dst.range, MISSING | WP)
+    ctx.uffd.copy(ctx.dst.start, ctx.src.start, ctx.dst.range.len, CopyMode.WP)
+    Pagemap.expect_protected(ctx.dst, (0, 1, 2, 3), "after a copy with MODE_WP")
+    undisturbed(ctx.uffd, lambda: expect_same(ctx.src.start, ctx.dst.start, ctx.dst.range.len, "the pages copied"))
+    ctx.dst.expect_zero(1, 1)
+    expect_trapped(ctx.uffd, ctx.dst, 0, 1, 2, 3)
 
 
 @uffd_case("copy-wp-read-only", mem=ALL, features=WRITEPROTECT, pages=1, rows=("CP-35",), kind=Kind.DETAIL)

@@ -4,23 +4,28 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from errno import EAGAIN, EEXIST
 from functools import partial
 from resource import RUSAGE_THREAD, getrusage
 
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, FILE_BACKED, HOLES, MINOR, MINOR_FAULTS, MISSING, NOT_HUGETLB, PAGE_SIZE, RWP, SYNC_RWP, WP,
-    WRITEPROTECT, Advice, Area, Channel, Child, Context, Feature, Range, advise, expect, huge_area, monitored,
-    own_memory_group, promise, refuses, remap, resident, rwp_protected, touch, undisturbed,
+    ALL, ANON, FILE_BACKED, HOLES, MINOR, MINOR_FAULTS, MISSING, NOT_HUGETLB, PAGE_SIZE, PM_PFN_MASK, RWP,
+    SHMEM_PRIVATE, SYNC_RWP, WP, WRITEPROTECT, Advice, Area, Channel, Child, Context, Feature, KernelError, Pagemap,
+    Range, Skip, advise, errno_name, expect, huge_area, keep_small, monitored, own_memory_group, promise, refuses,
+    remap, resident, rwp_protected, syscalls, touch, undisturbed,
 )  # fmt: skip
 
 FIELDS = ("RssAnon", "RssFile", "RssShmem", "HugetlbPages", "VmSwap")
 BLOCKS = "blocks of the file"
 SLACK = 2 * max(32, 2 * (os.cpu_count() or 1))
 """Pages by which a count of /proc/PID/status may be off: a processor adds up so many before it tells (mm/memory.c)."""
+MLOCK_ONFAULT = 1
+KPF_MLOCKED = 1 << 33
+"""Of /proc/kpageflags (include/linux/kernel-page-flags.h)."""
 MANY = 1024
 """Pages whose count stands out from that."""
 
@@ -53,6 +58,17 @@ def count_of(area: Area, *, of_file: bool) -> str:
     if area.mem.hugetlb:
         return "HugetlbPages"
     return "RssShmem" if of_file else "RssAnon"
+
+
+def locked(address: int) -> bool:
+    """Whether the page at an address is one that mlock(2) keeps in memory (/proc/kpageflags)."""
+    number = Pagemap.entry(address) & PM_PFN_MASK
+    try:
+        with open("/proc/kpageflags", "rb", buffering=0) as flags:
+            word = os.pread(flags.fileno(), 8, number * 8)
+    except OSError as error:
+        raise Skip(f"/proc/kpageflags: {errno_name(error.errno or 0)}: CONFIG_PROC_PAGE_MONITOR") from None
+    return bool(int.from_bytes(word, sys.byteorder) & KPF_MLOCKED)
 
 
 def area_to_count(ctx: Context) -> Area:
@@ -91,6 +107,20 @@ def test_counts_copy(ctx: Context) -> None:
     number = area.range.len // PAGE_SIZE
     wanted = {count_of(area, of_file=ctx.mem.shared): number, BLOCKS: number if ctx.mem.shared else 0}
     expect_counted(ctx, area, lambda: ctx.uffd.copy(area.start, src.start, area.range.len), wanted, "UFFDIO_COPY")
+
+
+@uffd_case(
+    "counts-copy-fresh", mem=ALL, pages=3, spare_hugepages=1, rows=("AC-01", "AC-02", "CP-30"), kind=Kind.DETAIL
+)
+def test_counts_copy_fresh(ctx: Context) -> None:
+    """UFFDIO_COPY counts its pages once, too, when it had to fault its source: here with the zero page, uncounted."""
+    area = area_to_count(ctx)
+    number = area.range.len // PAGE_SIZE
+    ctx.uffd.register(area.range, MISSING)
+    wanted = {count_of(area, of_file=ctx.mem.shared): number, BLOCKS: number if ctx.mem.shared else 0}
+    with closing(ANON.allocate(number)) as src:
+        keep_small(src.range)
+        expect_counted(ctx, area, lambda: ctx.uffd.copy(area.start, src.start, area.range.len), wanted, "UFFDIO_COPY")
 
 
 @uffd_case("counts-zeropage", mem=NOT_HUGETLB, pages=3, rows=("AC-01", "AC-02"), kind=Kind.DETAIL)
@@ -263,3 +293,28 @@ def test_charge_remote(ctx: Context) -> None:
     # Memory that others had before may have been given back meanwhile.
     what = f"of {area.range.len} bytes copied, most are charged to the cgroup of their owner ({grown})"
     expect(grown > area.range.len * 3 // 4, True, what)
+
+
+@uffd_case(
+    "counts-locked",
+    mem=(ANON, SHMEM_PRIVATE),
+    needs=("cap_sys_admin",),
+    pages=4,
+    rows=("AC-01",),
+    kind=Kind.DETAIL,
+)
+def test_counts_locked(ctx: Context) -> None:
+    """Anonymous pages that UFFDIO_COPY puts into locked memory are locked, like one that the process touched."""
+    area = ctx.dst
+    keep_small(area.range)
+    try:
+        syscalls.call("mlock2", area.start, area.range.len, MLOCK_ONFAULT)
+    except KernelError as error:
+        raise Skip(f"mlock2(2): {errno_name(error.errno or 0)}: raise RLIMIT_MEMLOCK (ulimit -l)") from None
+    touch(area.page(3), PAGE_SIZE, write=True)
+    ctx.src.fill()
+    ctx.uffd.register(area.range, MISSING)
+    ctx.uffd.copy(area.start, ctx.src.start, 3 * PAGE_SIZE)
+    expect([locked(area.page(number).start) for number in range(4)], [True] * 4, "whether each page is locked")
+    syscalls.call("munlock", area.start, area.range.len)
+    area.expect_pattern_of(ctx.src, 0, 3)

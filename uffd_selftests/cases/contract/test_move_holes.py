@@ -123,3 +123,19 @@ def test_move_partial(ctx: Context) -> None:
         move(ctx, 3)
     for page in (0, 1, 3):
         ctx.dst.expect_pattern_of(ctx.src, page, 1)
+
+
+@uffd_case("move-partial-dontwake", mem=(ANON,), features=MOVE, pages=4, rows=("MV-05",), kind=Kind.DETAIL)
+def test_move_partial_dontwake(ctx: Context) -> None:
+    """With MODE_DONTWAKE a move that stops midway wakes nobody either."""
+    prepare(ctx)
+    advise(ctx.src.page(2), Advice.DONTNEED)
+    with faulting_pages(ctx.uffd, ctx.dst, 0, 1, 2):
+        with promise("MV-05"), refuses(EAGAIN, output=2 * ctx.page_size):
+            move(ctx, 0, 4, MoveMode.DONTWAKE)
+        ctx.uffd.expect_still_asleep(3)
+        Pagemap.expect_present(ctx.dst, 0, 1)
+        ctx.uffd.wake(ctx.dst.page(0, 2))
+        ctx.uffd.expect_still_asleep(1)
+        ctx.uffd.zeropage(ctx.dst.page(2))
+    ctx.dst.expect_pattern_of(ctx.src, 0, 2)

@@ -419,6 +419,26 @@ def test_poison_partial(ctx: Context) -> None:
         ctx.dst.expect_pattern_of(ctx.src, page, 1)
 
 
+@uffd_case(
+    "poison-partial-dontwake", mem=ALL, features=Feature.POISON, pages=3, rows=("PO-05", "PO-04"), kind=Kind.DETAIL
+)
+def test_poison_partial_dontwake(ctx: Context) -> None:
+    """With DONTWAKE a UFFDIO_POISON that stops midway wakes nobody either."""
+    ctx.src.fill()
+    ctx.uffd.register(ctx.dst.range, MISSING)
+    ctx.uffd.copy(ctx.dst.page(2).start, ctx.src.page(2).start, ctx.page_size)
+    with ExitStack() as stack:
+        starts = [ctx.dst.page(page).start for page in (0, 1)]
+        waiters = [stack.enter_context(faulting(ctx.uffd, at, call=partial(access, at))) for at in starts]
+        with promise("PO-05"), refuses(EAGAIN, output=2 * ctx.page_size):
+            ctx.uffd.poison(ctx.dst.range, PoisonMode.DONTWAKE)
+        ctx.uffd.expect_still_asleep(2)
+        ctx.uffd.wake(ctx.dst.page(0, 2))
+        for at, waiter in zip(starts, waiters, strict=True):
+            expect_trap(waiter.result(), at, "of a thread that waited")
+    ctx.dst.expect_pattern_of(ctx.src, 2, 1)
+
+
 @uffd_case("poison-errors", mem=ALL, features=Feature.POISON, pages=2, rows=("PO-06",), kind=Kind.DETAIL)
 def test_poison_errors(ctx: Context) -> None:
     """UFFDIO_POISON refuses ranges that are not whole pages, unknown modes, and an argument it cannot read."""

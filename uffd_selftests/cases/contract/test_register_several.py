@@ -16,10 +16,10 @@ from functools import partial
 
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, MAP_FIXED, MAP_NORESERVE, MAP_SHARED, MISSING, PROT_READ, RWP, SYNC_RWP, UNREGISTERED, WP, WRITEPROTECT, Area,
-    Context, Pagemap, Range, RegisterMode, Uffd, expect, expect_free, expect_modes, expect_rwp_trapped, expect_same,
-    expect_served, expect_trapped, faulting, in_modes, mend, new_mapping, plain_file, promise, protect, refuses,
-    smaps_fields, undisturbed,
+    ALL, MAP_FIXED, MAP_NORESERVE, MAP_SHARED, MISSING, PM_UFFD_WP, PROT_READ, RWP, SYNC_RWP, UNREGISTERED, WP,
+    WRITEPROTECT, Area, Context, Pagemap, Range, RegisterMode, Uffd, expect, expect_free, expect_modes,
+    expect_rwp_trapped, expect_same, expect_served, expect_trapped, faulting, in_modes, mend, new_mapping, plain_file,
+    promise, protect, refuses, smaps_fields, undisturbed, unmap,
 )  # fmt: skip
 
 FREE = UNREGISTERED
@@ -142,6 +142,34 @@ def test_register_cuts_both_ends(ctx: Context) -> None:
         Pagemap.expect_protected(area, (7,), "after UFFDIO_UNREGISTER")
         expect_trapped(ctx.uffd, area, 7)
         expect_free(ctx.uffd, area, 1, 2, 3, 4, 5, 6)
+
+
+@uffd_case("register-over-holes", mem=ALL, features=WRITEPROTECT, pages=8, rows=("REG-10", "REG-24"), kind=Kind.DETAIL)
+def test_register_over_holes(ctx: Context) -> None:
+    """Behind a hole in the range, too, a mapping registered in one of the modes gets the others."""
+    ctx.src.fill()
+    area, both = ctx.dst, MISSING | WP
+    area.fill(6, 1)
+    before = {0: MISSING, 2: MISSING, 4: FREE, 6: WP}
+    for hole in (1, 3, 5):
+        unmap(area.page(hole))
+    for number, mode in before.items():
+        if mode:
+            ctx.uffd.register(area.page(number), mode)
+    ctx.uffd.writeprotect(area.page(6))
+    with promise("REG-10"):
+        ctx.uffd.register(area.page(0, 7), both)
+        for number in before:
+            with promise(f"page {number}"):
+                expect_modes(area.page(number), both)
+        expect_modes(area.page(7), FREE)
+        for number in (0, 2, 4):
+            expect_served(ctx, area.page(number))
+            ctx.uffd.writeprotect(area.page(number))
+        for number in before:
+            expect(any(Pagemap.have(area.page(number), PM_UFFD_WP)), True, f"whether page {number} is protected")
+            expect_trapped(ctx.uffd, area, number)
+        undisturbed(ctx.uffd, partial(area.expect_zero, 7, 1))
 
 
 # ---- one that is in the way ----------------------------------------------------------------------------------------
@@ -267,3 +295,24 @@ def test_unregister_several(ctx: Context) -> None:
 def test_unregister_several_rwp(ctx: Context) -> None:
     """One call takes RWP and its protection of every page of the range, or with a file in it, of none."""
     unregister_several(ctx, RWP)
+
+
+@uffd_case("unregister-over-holes", mem=ALL, features=WRITEPROTECT, pages=8, rows=("UNR-02",), kind=Kind.DETAIL)
+def test_unregister_over_holes(ctx: Context) -> None:
+    """Behind a hole in the range, too, registration and protection are taken, in whatever modes it is."""
+    area = ctx.dst
+    area.fill()
+    modes = {0: WP, 2: WP, 4: MISSING | WP, 6: WP, 7: WP}
+    for hole in (1, 3, 5):
+        unmap(area.page(hole))
+    for number, mode in modes.items():
+        ctx.uffd.register(area.page(number), mode)
+        ctx.uffd.writeprotect(area.page(number))
+    ctx.uffd.unregister(area.page(0, 7))
+    for number in modes:
+        with promise("UNR-02", f"page {number}"):
+            left = number == 7
+            expect_modes(area.page(number), WP if left else FREE)
+            expect(any(Pagemap.have(area.page(number), PM_UFFD_WP)), left, "whether it is protected")
+    expect_free(ctx.uffd, area, 0, 2, 4, 6)
+    expect_trapped(ctx.uffd, area, 7)

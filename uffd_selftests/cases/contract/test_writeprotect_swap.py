@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
     ANON, NOT_HUGETLB, PM_PFN_MASK, PROT_READ, PROT_WRITE, SHMEM, SHMEM_PRIVATE, WP, WRITEPROTECT, Advice, Context,
     Pagemap, advise, declared_sound, eventually, expect, expect_free, expect_trapped, filled, huge_area, mend, own_swap,
-    page_out, promise, protect, smaps_bytes, swap_out, uapi, undisturbed,
+    page_out, promise, protect, require_soft_dirty, smaps_bytes, swap_out, uapi, undisturbed,
 )  # fmt: skip
 
 
@@ -150,3 +152,21 @@ def test_writeprotect_swap_shared(ctx: Context) -> None:
     expect_free(ctx.uffd, area, 2)
     mend(ctx, area, 0, 1)
     area.expect_pattern_of(area)
+
+
+@uffd_case(
+    "writeprotect-swap-clear-refs", mem=(ANON, SHMEM_PRIVATE), features=WRITEPROTECT, needs=("swap",), pages=4,
+    rows=("WP-23",), kind=Kind.DETAIL,
+)  # fmt: skip
+def test_writeprotect_swap_clear_refs(ctx: Context) -> None:
+    """Swapped-out pages stay protected when soft-dirty tracking begins anew (4 in /proc/PID/clear_refs)."""
+    area = filled(ctx)
+    require_soft_dirty(area.start)
+    ctx.uffd.writeprotect(area.page(1, 2))
+    swap_out(area.range)
+    Path("/proc/self/clear_refs").write_text("4")
+    Pagemap.expect_protected(area, {1, 2}, "after clear_refs, swapped out")
+    undisturbed(ctx.uffd, lambda: area.expect_pattern_of(area))
+    Pagemap.expect_protected(area, {1, 2}, "after reads, which swap in")
+    expect_free(ctx.uffd, area, 0, 3)
+    expect_trapped(ctx.uffd, area, 1, 2)
