@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 from tests.conftest import ROOT
-from uffd_selftests.catalog import contract
+from uffd_selftests.catalog import bugs, contract
 
 DOCUMENT = ROOT / "docs" / "contract.md"
 
@@ -43,3 +44,14 @@ def test_declarations_are_sound() -> None:
 def test_document_is_up_to_date() -> None:
     """docs/contract.md is what the declarations make of it."""
     assert DOCUMENT.read_text() == contract.document(), "python -m uffd_selftests.catalog.contract > docs/contract.md"
+
+
+def test_each_finding_is_declared() -> None:
+    """docs/findings.md: each paragraph's ID is that of a defect of a case, or of a bug of the list; none is told of twice."""
+    text = DOCUMENT.with_name("findings.md").read_text()
+    found = re.findall(r"^\*\*(D-[A-Z]+-\d+|Bug \d+):", text, re.M)
+    assert len(found) == len(set(found)) > 20
+    declared = {one.case.defect.id for one in contract.declared() if one.case.defect}
+    assert [name for name in found if name.startswith("D-") and name not in declared] == []
+    known = {str(number) for number in bugs.known_bugs()}
+    assert [name for name in found if name.startswith("Bug") and name.split()[1] not in known] == []

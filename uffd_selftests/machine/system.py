@@ -8,8 +8,7 @@ import os
 from pathlib import Path
 
 OWN_MACHINE = "UFFD_OWN_MACHINE"
-"""Environment variable: this machine is there for the suite alone, as a guest of --kernel is; nobody else has pages here
-that would be merged, watched or written out."""
+"""Environment variable: this machine is there for the suite alone, as a guest of --kernel is."""
 
 
 def number(path: Path | str) -> int:

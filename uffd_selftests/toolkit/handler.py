@@ -12,6 +12,7 @@ from uffd_selftests.abi import uapi
 from uffd_selftests.abi.errors import KernelError, errno_name
 from uffd_selftests.abi.native import ffi, lib
 from uffd_selftests.abi.uapi import ContinueMode, CopyMode, MoveMode, PoisonMode, ZeropageMode
+from uffd_selftests.toolkit.expectations import eventually
 from uffd_selftests.toolkit.handle import Uffd
 from uffd_selftests.toolkit.memory import Range
 from uffd_selftests.toolkit.messages import Message, parse_message
@@ -164,6 +165,13 @@ class FaultHandler:
         fds = ffi.new("int[]", 64)
         count = lib.uffd_handler_children(self._handler, fds, len(fds))
         return [Uffd(fds[i]) for i in range(count)]
+
+    @property
+    def only_child(self) -> Uffd:
+        """The descriptor that the one FORK event brings: the fork may have returned before the handler has noted it."""
+        eventually(lambda: bool(self.children), "UFFD_EVENT_FORK")
+        (child,) = self.children
+        return child
 
     def _failure(self) -> str | None:
         failure = ffi.new("struct uffd_failure *")

@@ -425,7 +425,7 @@ def test_set_mode_fork(ctx: Context) -> None:
     with ExitStack() as stack:
         with ctx.handler(src=None) as handler:
             process = stack.enter_context(Child(child))
-            (theirs,) = handler.children
+            theirs = handler.only_child
             fd = os.dup(theirs.fd)
         heir = stack.enter_context(Uffd(fd, uffd.features))
         for page, switch, silent in (

@@ -84,7 +84,7 @@ def test_writeprotect_fork_event(ctx: Context) -> None:
 
     with ctx.handler(src=None, wp=Action.RECORD) as handler, Child(child) as process:
         eventually(lambda: handler.stats.wp > 0, "a write-protect fault of the child")
-        (forked,) = handler.children
+        forked = handler.only_child
         expect(handler.messages, [Forked(forked.fd), Fault(area.start, TRAPPED)], "messages")
         forked.expect_asleep(1)
         ctx.uffd.expect_asleep(0)

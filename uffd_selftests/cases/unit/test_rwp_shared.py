@@ -46,7 +46,7 @@ def test_rwp_fork(ctx: Context) -> None:
     with ctx.handler(src=None, rwp=Action.RECORD) as handler, Child(child) as process:
         eventually(lambda: handler.stats.rwp > 0 or process.ended, "a message of the child's read")
         expect(handler.stats.messages, 2, "UFFD_EVENT_FORK, and messages of the child's read")
-        (forked,) = handler.children
+        forked = handler.only_child
         forked.expect_asleep(1)
         ctx.uffd.expect_asleep(0)
         forked.resolve(area.page(0))
