@@ -47,7 +47,7 @@ def test_document_is_up_to_date() -> None:
 
 
 def test_each_finding_is_declared() -> None:
-    """docs/findings.md: each paragraph's ID is that of a defect of a case, or of a bug of the list; none is told of twice."""
+    """docs/findings.md: each ID is that of a defect of a case, or of a bug; none is told of twice."""
     text = DOCUMENT.with_name("findings.md").read_text()
     found = re.findall(r"^\*\*(D-[A-Z]+-\d+|Bug \d+):", text, re.M)
     assert len(found) == len(set(found)) > 20
