@@ -28,10 +28,14 @@ def test_options_follow_from_the_cases(results: list[suite.Expected]) -> None:
     assert set(suite.OPTIONS_OF_NEED) <= set(REQUIREMENTS)
     assert names(results, "MEM_SOFT_DIRTY") == {
         *("copy-soft-dirty", "move-soft-dirty", "move-huge-soft-dirty", "move-swapped-soft-dirty"),
-        *("writeprotect-soft-dirty", "writeprotect-thp-soft-dirty", "async-scan-soft-dirty"),
+        *("writeprotect-soft-dirty", "writeprotect-thp-soft-dirty", "writeprotect-swap-clear-refs"),
+        *("rwprotect-soft-dirty", "rwprotect-thp-soft-dirty", "async-scan-soft-dirty"),
     }
-    broken = {"continue-hardware-poison", "fork-broken-hugepage", "writeprotect-migrated", "writeprotect-thp-migrated"}
-    assert names(results, "HWPOISON_INJECT") == broken
+    assert names(results, "HWPOISON_INJECT") == {
+        *("continue-hardware-poison", "fork-broken-hugepage", "writeprotect-migrated", "writeprotect-thp-migrated"),
+        *("writeprotect-folio-migrated", "rwprotect-folio-migrated", "rwprotect-folio-migrated-shared"),
+        *("rwprotect-migrated", "rwprotect-migrated-waiter", "rwprotect-thp-migrated"),
+    }
     assert names(results, "USERFAULTFD") == {each.case.name for each in results}
     assert "wp-unpopulated" in names(results, "PTE_MARKER_UFFD_WP")
     assert {each.mem for each in results if "HUGETLBFS" not in each.options} >= {ANON, SHMEM}
