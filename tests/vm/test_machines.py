@@ -236,7 +236,7 @@ def test_kvm(qemu: FakeQemu) -> None:
 @pytest.mark.parametrize("mishap", ["no kvm", "no kvm boot"])
 def test_kvm_that_does_not_work(qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch, mishap: str) -> None:
     """Where no kernel says a word with KVM it is emulated, and nobody tries again as long as the host runs."""
-    monkeypatch.setattr(machines, "KVM_SECONDS", 0.3)
+    monkeypatch.setattr(machines, "KVM_SECONDS", 2.0)
     qemu.go_wrong(mishap)
     said: list[str] = []
     machine = make(qemu, AUTO, said)
