@@ -281,6 +281,7 @@ PIECES = 6
 def move_pieces(ctx: Context, count: int) -> tuple[Area, Area, list[Outcomes]]:
     """Have threads move every sixth page each of a huge page, ``count`` pages; return source, destination, outcomes."""
     src, dst = huge_area(ctx), ctx.allocate(pmd_size() // PAGE_SIZE)
+    advise(src.range, Advice.NOHUGEPAGE)  # else khugepaged may make a huge page of what is left there
     ctx.uffd.register(dst.range, MISSING)
     step = PIECES * PAGE_SIZE
     movers = [
