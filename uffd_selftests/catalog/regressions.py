@@ -13,7 +13,7 @@ DISTRIBUTIONS = (
     "## Where they were seen",
     "",
     "On kernels that Debian ships. The whole suite ran on 6.18.15, 7.2.12 and 7.3.4; on the others it ran before the",
-    "cases of Linux 7.3 came, on 5.10 in parts, and on 6.17.13 only what had failed on 6.16.12. These bugs are its only",
+    "cases of Linux 7.3 came, on 5.10 in parts, and on 6.17.13 what had failed on 6.16.12. These bugs are the only",
     "failures there; what is a known defect of newer kernels, too, is an expected failure, and listed at the end of",
     "[contract.md](contract.md).",
     "",
