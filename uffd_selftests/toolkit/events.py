@@ -133,9 +133,8 @@ def forked_child(
     with ExitStack() as stack:
         with recorder(ctx, uffd) as reader:
             child = stack.enter_context(Child(later))
-            eventually(lambda: bool(reader.stats.logged and reader.children), "UFFD_EVENT_FORK")
+            theirs = reader.only_child  # which is noted behind the message
             expect([type(message) for message in reader.messages], [Forked], "messages of the fork")
-            [theirs] = reader.children
             child_uffd = stack.enter_context(Uffd(os.dup(theirs.fd), uffd.features))
         child.send()
         yield child, child_uffd
