@@ -10,7 +10,7 @@ import pytest
 
 from uffd_selftests.abi.uapi import PagefaultFlag
 from uffd_selftests.toolkit.access import Trap
-from uffd_selftests.toolkit.expectations import expect, expect_errno
+from uffd_selftests.toolkit.expectations import expect, expect_errno, expect_one_of
 from uffd_selftests.toolkit.messages import Fault, Forked, Removed
 
 
@@ -40,3 +40,13 @@ def test_errno_by_name() -> None:
     with pytest.raises(AssertionError) as caught:
         expect_errno(OSError(errno.EPERM, ""), errno.EINVAL, "errno of the call")
     assert str(caught.value) == "errno of the call: expected EINVAL, got EPERM"
+
+
+def test_one_of_several_forms(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the kernel has a choice it is told which it took; where it has none, nothing is."""
+    expect_one_of("EBUSY", ["EBUSY"], "errno of the call")
+    expect_errno(OSError(errno.EPERM, ""), (errno.EINVAL, errno.EPERM), "errno of the call")
+    assert capsys.readouterr().out == "saw: errno of the call: EPERM\n"
+    with pytest.raises(AssertionError) as caught:
+        expect_errno(OSError(errno.EIO, ""), (errno.EINVAL, errno.EPERM), "errno of the call")
+    assert str(caught.value) == "errno of the call: expected EINVAL or EPERM, got EIO"

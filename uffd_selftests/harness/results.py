@@ -14,6 +14,7 @@ from uffd_selftests.case import ATTRIBUTE, Case, first_sentence
 from uffd_selftests.catalog.bugs import known_bugs
 from uffd_selftests.harness.gating import hugepages_needed, missing
 from uffd_selftests.harness.items import CaseItem
+from uffd_selftests.toolkit.expectations import SAW
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -110,7 +111,7 @@ class Result:
     reason: str = ""
     """Why it is no plain pass or fail: what is missing, "30 seconds", "killed by SIGSEGV"."""
     diagnostics: list[str] = field(default_factory=list)
-    """Lines for the reader of a result that is not ok."""
+    """Lines for the reader: of a result that is not ok; of others, which of several documented forms came."""
     seconds: float = 0.0
     guest: str = ""
     """The virtual machine in which it ran, if it did."""
@@ -153,6 +154,8 @@ def judge(planned: Planned, reports: Sequence[pytest.TestReport]) -> Result:
     if outcome in ("fail", "error", "timeout"):
         failed = [report for report in reports if report.failed]
         result.diagnostics = [line[:MAX_LINE] for part in _diagnostics(planned, failed) for line in part.splitlines()]
+    else:
+        result.diagnostics = list(_saw(reports))
     return result
 
 
@@ -232,6 +235,12 @@ def _short(path: str) -> str:
     """Return a path from the package on."""
     _, package, rest = path.rpartition("uffd_selftests/")
     return package + rest
+
+
+def _saw(reports: Sequence[pytest.TestReport]) -> Iterator[str]:
+    """Yield what a test told of the kernel's choice among documented forms (expectations.saw()), each line once."""
+    lines = [line for report in reports for _, content in report.sections for line in content.splitlines()]
+    yield from dict.fromkeys(line[:MAX_LINE] for line in lines if line.startswith(SAW))
 
 
 def _output(failed: Sequence[pytest.TestReport]) -> Iterator[str]:

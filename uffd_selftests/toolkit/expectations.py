@@ -6,17 +6,24 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 
 from uffd_selftests.abi.errors import errno_name
 
-__all__ = ["DEADLINE", "Skip", "Unexplained", "expect", "expect_errno", "promise", "fails", "eventually"]
+__all__ = [
+    "DEADLINE", "SAW", "Skip", "Unexplained", "expect", "expect_errno", "expect_one_of", "saw", "promise", "fails",
+    "eventually",
+]  # fmt: skip
 
 
 DEADLINE = 10.0 * float(os.environ.get("UFFD_DEADLINE_SCALE") or 1)
 """Seconds after which something awaited counts as not happening."""
+
+
+SAW = "saw: "
+"""How a printed line begins that tells which of several documented forms came; a result shows it, whatever it is."""
 
 
 class Skip(Exception):
@@ -36,6 +43,20 @@ def expect(observed: object, expected: object, what: str) -> None:
         raise AssertionError(f"{what}: expected {_told(expected)}, got {_told(observed)}")
 
 
+def saw(form: str) -> None:
+    """Tell which of several documented forms the kernel has; the result shows it, also when it is a pass."""
+    print(f"{SAW}{form}")
+
+
+def expect_one_of(observed: object, forms: Sequence[object], what: str) -> None:
+    """Assert that the observed value is one of several documented ones, and tell which where there is a choice."""
+    if observed not in forms:
+        wanted = " or ".join(str(_told(form)) for form in forms)
+        raise AssertionError(f"{what}: expected {wanted}, got {_told(observed)}")
+    if len(forms) > 1:
+        saw(f"{what}: {_told(observed)}")
+
+
 def _told(value: object) -> object:
     """Return what names a value, in a container too: str() of a signal is its number, repr() of flags has both."""
     if isinstance(value, signal.Signals):
@@ -48,9 +69,10 @@ def _told(value: object) -> object:
     return value
 
 
-def expect_errno(error: OSError, number: int, what: str) -> None:
-    """Assert that a call failed with this errno; a failure names both."""
-    expect(errno_name(error.errno or 0), errno_name(number), what)
+def expect_errno(error: OSError, numbers: int | Sequence[int], what: str) -> None:
+    """Assert that a call failed with this errno, or with one of several documented ones; a failure names them."""
+    forms = [numbers] if isinstance(numbers, int) else numbers
+    expect_one_of(errno_name(error.errno or 0), [errno_name(number) for number in forms], what)
 
 
 @contextmanager
@@ -74,6 +96,8 @@ def fails(*numbers: int) -> Iterator[None]:
     except OSError as error:
         if error.errno not in numbers:
             raise AssertionError(f"expected {wanted}; got {error}") from None
+        if len(numbers) > 1:
+            saw(errno_name(error.errno))
     else:
         raise AssertionError(f"expected {wanted}; the call succeeded")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 from uffd_selftests.abi.errors import KernelError, errno_name
-from uffd_selftests.toolkit.expectations import expect
+from uffd_selftests.toolkit.expectations import expect, saw
 from uffd_selftests.toolkit.memory import PAGE_SIZE, Range
 
 __all__ = ["UNTOUCHED", "UffdError", "output_text", "refuses", "may_refuse", "held_up", "expect_failed", "bad_ranges"]
@@ -65,6 +65,9 @@ def may_refuse(*numbers: int) -> Iterator[None]:
     except UffdError as error:
         if error.errno not in numbers or error.output != -error.errno:
             raise AssertionError(f"expected success or {' or '.join(map(errno_name, numbers))}; got {error}") from None
+        saw(errno_name(error.errno))
+    else:
+        saw("success")
 
 
 def held_up() -> AbstractContextManager[None]:

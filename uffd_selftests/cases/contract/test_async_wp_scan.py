@@ -14,7 +14,8 @@ from uffd_selftests.common import (
     ALL, ANON, ASYNC, CHECK, EACH_HUGETLB, HUGETLB, HUGETLB_PRIVATE, NEW, NONE, NOT_HUGETLB, PAGE_SIZE, PRESENT,
     RESTART, SCAN, SHMEM, SHMEM_PRIVATE, WP, WPALLOWED, WP_MATCHING, WRITTEN, Channel, Child, Context, Feature,
     PageCategory, Pagemap, Range, Region, Scan, Uffd, Waiter, expect, expect_scan, expect_written, fails, huge_area,
-    poke, promise, regions, require_soft_dirty, swap_out, touch, tracked, two_page_tables, uapi, undisturbed, write,
+    poke, promise, regions, require_soft_dirty, saw, swap_out, touch, tracked, two_page_tables, uapi, undisturbed,
+    write,
 )  # fmt: skip
 
 
@@ -505,4 +506,5 @@ def test_async_scan_unregistered(ctx: Context) -> None:
     found = Pagemap.scan(area.range, WRITTEN)
     if found.regions not in ([], regions(area, range(3))):
         raise AssertionError(f"pages written: expected all three or none, got {found}")
+    saw(f"{'all pages count' if found.regions else 'none counts'} as written")
     expect(found.walk_end, area.range.end, "walk_end")

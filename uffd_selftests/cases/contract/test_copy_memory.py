@@ -14,11 +14,11 @@ from signal import SIGBUS, SIGSEGV
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
     ALL, ANON, HUGETLB, HUGETLB_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, MINOR, MISSING,
-    NOT_HUGETLB, PAGE_SIZE, PM_FILE, PM_MMAP_EXCLUSIVE, PM_PRESENT, PM_SOFT_DIRTY, PROT_NONE, PROT_READ, SHARED, SHMEM,
-    SHMEM_PRIVATE, WP, Advice, Context, Feature, KernelError, Pagemap, Range, Skip, Uffd, UffdError, advise,
-    default_hugepage_size, errno_name, expect, expect_bytes, expect_failed, expect_same, faulting, free_bytes,
-    huge_area, limited_file, mapped, mended, page_out, peek, pmd_mapped, poke, promise, protect, refuses,
-    require_soft_dirty, resident, smaps_bytes, stored_bytes, swap_out, touch, touch_trapped, undisturbed,
+    NOT_HUGETLB, PAGE_SIZE, PM_FILE, PM_MMAP_EXCLUSIVE, PM_PRESENT, PM_SOFT_DIRTY, PROT_NONE, PROT_READ, SHARED,
+    SHMEM, SHMEM_PRIVATE, WP, Advice, Context, Feature, KernelError, Pagemap, Range, Skip, Uffd, UffdError, advise,
+    default_hugepage_size, errno_name, expect, expect_bytes, expect_failed, expect_one_of, expect_same, faulting,
+    free_bytes, huge_area, limited_file, mapped, mended, page_out, peek, pmd_mapped, poke, promise, protect, refuses,
+    require_soft_dirty, resident, saw, smaps_bytes, stored_bytes, swap_out, touch, touch_trapped, undisturbed,
 )  # fmt: skip
 
 HUGEPAGE = default_hugepage_size()
@@ -155,14 +155,14 @@ def test_copy_beyond_file(ctx: Context) -> None:
     ctx.src.fill()
     fd, size = file_of(ctx), ctx.page_size
     # Since Linux 7.1 shared memory has no page to offer there: ENOMEM.
-    refusals = (EFAULT, ENOMEM) if ctx.mem is SHMEM else (EFAULT,)
+    refusals = ("EFAULT", "ENOMEM") if ctx.mem is SHMEM else ("EFAULT",)
     flags = (MAP_SHARED if ctx.mem.shared else MAP_PRIVATE) | MAP_NORESERVE
     with mapped(3 * size, flags=flags, fd=fd, offset=size) as where:
         os.ftruncate(fd, 2 * size if ctx.mem.hugetlb else size + 1)
         ctx.uffd.register(where, MISSING)
         for start in where.start + size, where.start + 2 * size:
             number = refusal(partial(ctx.uffd.copy, start, ctx.src.start, size))
-            expect(number in refusals, True, f"{errno_name(number)} beyond the end of the file as promised")
+            expect_one_of(errno_name(number), refusals, "beyond the end of the file")
         expect(stored_bytes(fd), 0, "bytes stored in the file")
         with refuses(EAGAIN, output=size):
             ctx.uffd.copy(where.start, ctx.src.start, 3 * size)
@@ -319,7 +319,7 @@ def test_copy_hugetlb_pool_empty_then_not(ctx: Context) -> None:
         second = where.start + HUGEPAGE
         with faulting(ctx.uffd, second):
             number = refusal(lambda: ctx.uffd.copy(second, ctx.src.start, HUGEPAGE))
-            expect(number in (ENOMEM, EEXIST), True, f"{errno_name(number)} when no huge page is left as known")
+            expect_one_of(errno_name(number), ("ENOMEM", "EEXIST"), "when no huge page is left")
             ctx.uffd.expect_still_asleep(1)
             advise(Range(where.start, HUGEPAGE), Advice.REMOVE)
             ctx.uffd.copy(second, ctx.src.start, HUGEPAGE)
@@ -501,10 +501,12 @@ def test_copy_onto_guard_either_way(ctx: Context) -> None:
         ctx.uffd.copy(page.start, ctx.src.start, page.len)
     except UffdError as error:
         expect_failed(error, EEXIST)
+        saw("EEXIST")
         expect_guarded(page)
         if ctx.mem.shared:
             expect(stored_bytes(file_of(ctx)), 0, "bytes stored in the file")
     else:
+        saw("the copy overwrites the guard page")
         ctx.dst.expect_pattern_of(ctx.src, 0, 1)
 
 

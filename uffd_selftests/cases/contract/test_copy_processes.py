@@ -11,8 +11,8 @@ from functools import partial
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
     ALL, ANON, DEADLINE, MISSING, PAGE_SIZE, UNTOUCHED, WP, Advice, Channel, Child, Context, Feature, Forked, Pagemap,
-    Range, Remapped, Removed, Uffd, UffdError, Unmapped, Waiter, advise, copy, eventually, expect, faulting, held_up,
-    monitored, orphaned, peek, poke, prepare, promise, refuses, remap, unmap,
+    Range, Remapped, Removed, Uffd, UffdError, Unmapped, Waiter, advise, copy, eventually, expect, expect_errno,
+    faulting, held_up, monitored, orphaned, peek, poke, prepare, promise, refuses, remap, saw, unmap,
 )  # fmt: skip
 
 
@@ -199,9 +199,10 @@ def test_copy_foreign_sleepers(ctx: Context) -> None:
         try:
             other.copy(ctx.dst.start, ctx.src.start, ctx.page_size)
         except UffdError as error:
-            expect(error.errno in (EINVAL, ENOENT, EPERM), True, f"a refusal for want of ownership ({error})")
+            expect_errno(error, (EINVAL, ENOENT, EPERM), "a refusal for want of ownership")
             copy(ctx, 0)
         else:
+            saw("success")
             ctx.uffd.expect_still_asleep(1)
             ctx.uffd.wake(ctx.dst.page(0))
     ctx.dst.expect_pattern_of(ctx.src, 0, 1)

@@ -22,7 +22,7 @@ from uffd_selftests.common import (
     MAP_PRIVATE, MAP_SHARED, MISSING, NOT_HUGETLB, PM_PRESENT, PROT_READ, PROT_WRITE, RWP, SHMEM, SHMEM_PRIVATE,
     SYNC_RWP, UNREGISTERED, WP, WRITEPROTECT, Area, Context, CopyMode, Feature, MemType, Pagemap, Range, RegisterMode,
     Uffd, UffdError, copy_held, errno_name, expect, expect_rwp_free, expect_same, faulting, keep_small, map_memory,
-    peek, promise, protect, remap, stored_bytes, unmap,
+    peek, promise, protect, remap, saw, stored_bytes, unmap,
 )  # fmt: skip
 
 DONE = 0
@@ -152,6 +152,8 @@ def expect_answer(on: Stand, answer: int, what: str, now: tuple[int, ...], befor
     allowed = now if on.strict else (*now, *before)
     if answer not in allowed:
         raise AssertionError(f"{what}: expected {told(*allowed)}, got {told(answer)}")
+    if len({*now, *before}) > 1:
+        saw(f"{what}: {told(answer)}")
 
 
 def expect_repeated(on: Stand) -> None:

@@ -13,8 +13,9 @@ from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
     ALL, ANON, MISSING, MREMAP_DONTUNMAP, MREMAP_FIXED, NOT_HUGETLB, PAGE_SIZE, PROT_READ, REMAP, REMOVE, SHMEM,
     SHMEM_PRIVATE, UNMAP, UNREGISTERED, Advice, Context, Feature, Range, Remapped, Waiter, advise, announced,
-    await_event, expect, expect_contents, expect_modes, expect_no_memory, expect_served, fails, modes_offered, moved,
-    outcome, peek, promise, protect, recorder, remap, smaps_fields, take_event, undisturbed, unmap, unmapped,
+    await_event, expect, expect_contents, expect_modes, expect_no_memory, expect_one_of, expect_served, fails,
+    modes_offered, moved, outcome, peek, promise, protect, recorder, remap, saw, smaps_fields, take_event,
+    undisturbed, unmap, unmapped,
 )  # fmt: skip
 
 
@@ -122,6 +123,7 @@ def test_remap_event_shrunk_or_old(ctx: Context) -> None:
     """A mapping that shrinks as it moves is announced with its old or its new length, then what was cut and moved."""
     length, old, new = shrink(ctx)
     expect(length in (old, new), True, f"EV-20: remap.len {length} is the old or the new length")
+    saw(f"remap.len is the {'old' if length == old else 'new'} length")
 
 
 @uffd_case("remap-grow-in-place", mem=NOT_HUGETLB, features=REMAP | UNMAP, pages=3, rows=("EV-22",), kind=Kind.DETAIL)
@@ -301,7 +303,7 @@ def test_remap_several_later(ctx: Context) -> None:
             undisturbed(ctx.uffd, lambda: remap(ctx.dst.range, to=place.start))
         gone = [page for page in pages if not list(smaps_fields(ctx.dst.page(page)))]
         allowed = ([0, 1],) if Feature.RWP in ctx.uffd.offered else ([0, 1], [])
-        expect(gone in allowed, True, f"the pages moved ({gone}) are those in front of the registered one, or none")
+        expect_one_of(gone, allowed, "the pages moved, of those in front of the registered one")
         expect_modes(ctx.dst.page(2), MISSING)
         expect_modes(ctx.dst.page(3), UNREGISTERED)
         for page in pages:

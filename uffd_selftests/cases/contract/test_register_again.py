@@ -8,8 +8,8 @@ from errno import EBUSY
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
     ALL, EACH_HUGETLB, MISSING, NOT_HUGETLB, UNREGISTERED, WP, WRITEPROTECT, Context, Feature, PagefaultFlag, Pagemap,
-    RangeIoctls, RegisterMode, UffdError, Waiter, eventually, expect, expect_errno, expect_modes, expect_served,
-    expect_trapped, faulting, in_modes, poke, promise, undisturbed,
+    RangeIoctls, RegisterMode, UffdError, Waiter, eventually, expect, expect_errno, expect_modes, expect_one_of,
+    expect_served, expect_trapped, faulting, in_modes, poke, promise, saw, undisturbed,
 )  # fmt: skip
 
 
@@ -69,9 +69,11 @@ def refused_to_drop(ctx: Context, mode: RegisterMode) -> bool:
         ctx.uffd.register(ctx.dst.range, mode)
     except UffdError as error:
         expect_errno(error, EBUSY, "errno of dropping WP by UFFDIO_REGISTER")
+        saw("EBUSY, for WP would be dropped")
         expect(in_modes(ctx.dst.range), before, "modes in which the area is registered, after EBUSY")
         return True
     expect(Feature.RWP in ctx.uffd.offered, False, "dropping WP succeeds on a kernel with UFFD_FEATURE_RWP")
+    saw("success, which drops WP")
     return False
 
 
@@ -108,7 +110,7 @@ def test_register_narrower_mode(ctx: Context) -> None:
     ctx.uffd.writeprotect(ctx.dst.page(0))
     with promise("REG-26", "WP kept"):
         expect(ctx.uffd.register(ctx.dst.range, WP), alone[WP], "ioctls offered")
-        expect(in_modes(ctx.dst.range) in (MISSING | WP, WP), True, "WP, with MISSING or without, in smaps")
+        expect_one_of(in_modes(ctx.dst.range), (MISSING | WP, WP), "modes in smaps, WP kept")
         Pagemap.expect_protected(ctx.dst, (0,), "after registering as WP")
         expect_trapped(ctx.uffd, ctx.dst, 0)
     ctx.uffd.register(ctx.dst.range, MISSING | WP)
@@ -122,7 +124,7 @@ def test_register_narrower_mode(ctx: Context) -> None:
             expect(ctx.uffd.register(ctx.dst.range, MISSING), alone[MISSING], "ioctls offered after UFFDIO_UNREGISTER")
             expect_modes(ctx.dst.range, MISSING, MISSING, MISSING)
         else:
-            expect(in_modes(ctx.dst.range) in (MISSING, MISSING | WP), True, "MISSING, with WP or without, in smaps")
+            expect_one_of(in_modes(ctx.dst.range), (MISSING, MISSING | WP), "modes in smaps, WP dropped")
             ctx.uffd.register(ctx.dst.range, MISSING | WP)
             expect(ctx.uffd.register(ctx.dst.range, MISSING), alone[MISSING], "ioctls offered")
 

@@ -14,7 +14,7 @@ from uffd_selftests.common import (
     ANON, HUGETLB, MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, MINOR, MINOR_FAULTS, MISSING,
     PAGE_SIZE, PROT_READ, SHMEM, SHM_HUGETLB, UNREGISTERED, WP, WRITEPROTECT, Context, Feature, KernelError, Range,
     RangeIoctls, Skip, Uffd, UffdError, errno_name, expect, expect_errno, expect_modes, expect_same, fails, faulting,
-    new_mapping, plain_file, promise, refuses, syscalls, sysv_segment, unmap,
+    new_mapping, plain_file, promise, refuses, saw, syscalls, sysv_segment, unmap,
 )  # fmt: skip
 
 
@@ -166,6 +166,7 @@ def test_register_sysv_all_or_nothing() -> None:
     if answers not in ({0}, {EINVAL}):
         names = sorted(errno_name(answer) if answer else "success" for answer in answers)
         raise AssertionError(f"REG-12: expected success or EINVAL in every mode, got {', '.join(names)}")
+    saw("EINVAL in every mode" if EINVAL in answers else "success in every mode")
 
 
 SYSV_HUGETLB = Defect(

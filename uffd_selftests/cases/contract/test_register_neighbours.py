@@ -18,8 +18,8 @@ from uffd_selftests.common import (
     ALL, CACHED, MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, MINOR, MINOR_FAULTS, MISSING,
     NOT_HUGETLB, PAGE_SIZE, PROT_NONE, PROT_READ, PROT_WRITE, READ_TRAPPED, RWP, TRAPPED, UNREGISTERED, WP,
     WRITEPROTECT, Advice, Area, Context, Feature, Pagemap, Range, RegisterMode, Uffd, advise, announced, expect,
-    expect_modes, faulting, in_modes, keep_small, map_memory, moved, new_mapping, peek, promise, protect, remap, uapi,
-    undisturbed, unmap,
+    expect_modes, faulting, in_modes, keep_small, map_memory, moved, new_mapping, peek, promise, protect, remap, saw,
+    uapi, undisturbed, unmap,
 )  # fmt: skip
 
 FREE = UNREGISTERED
@@ -269,6 +269,7 @@ def test_neighbours_moved_beside(ctx: Context) -> None:
             for number in (0, 2)
             if old and not in_modes(row.area.page(row.parts[number].first, middle.count))
         ]
+        saw(f"the neighbours are {'not all ' if lost else ''}registered as before")
         row.with_middle(FREE).expect_kept(*sorted({0, 1, 2} - set(lost)))
 
 
@@ -292,6 +293,7 @@ def test_neighbours_moved_untouched(ctx: Context) -> None:
         with promise("EV-43", str(mode)):
             expect_modes(area.page(2, 2), UNREGISTERED)
             seen = in_modes(area.page(0, 2))
+            saw(f"the neighbour is {'registered as before' if seen else 'not registered any more'}")
             if Feature.RWP in ctx.uffd.offered or seen:
                 expect(seen, mode, "the neighbour's modes")
         remap(area.page(2, 2), to=place.page(2).start)

@@ -11,8 +11,8 @@ from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
     ACCESSED, ALL, ANON, ASYNC, MISSING, NONE, NOT_HUGETLB, PAGE_SIZE, PRESENT, PROT_READ, PROT_WRITE, RESTART, SCAN,
     WP, WP_MATCHING, WRITEPROTECT, WRITTEN, Advice, Area, Context, Feature, KernelError, PageCategory, Pagemap,
-    PmScanFlag, Range, Scan, Skip, Uffd, advise, errno_name, expect, expect_scan, expect_signals, expect_written, fails,
-    keep_small, pages_in, promise, protect, regions, touch, tracked, uapi, undisturbed, unmap, write,
+    PmScanFlag, Range, Scan, Skip, Uffd, advise, errno_name, expect, expect_scan, expect_signals, expect_written,
+    fails, keep_small, pages_in, promise, protect, regions, saw, touch, tracked, uapi, undisturbed, unmap, write,
 )  # fmt: skip
 
 def written_unwatched(area: Area, page: int) -> bool:
@@ -42,7 +42,7 @@ def test_scan_mappings(ctx: Context) -> None:
         synchronous.register(area.page(5, 2), WP)
         second.register(area.page(8, 4), WP)
         old = written_unwatched(area, 7)
-        print(f"pages that nobody watches {'count' if old else 'do not count'} as written")
+        saw(f"pages that nobody watches {'count' if old else 'do not count'} as written")
         for flags in (PmScanFlag(0), WP_MATCHING):
             uffd.writeprotect(area.page(1))
             synchronous.writeprotect(area.page(6))
@@ -122,7 +122,7 @@ def test_scan_holes(ctx: Context) -> None:
         for page in unmapped:
             advise(area.page(page), Advice.DONTNEED)
     old = written_unwatched(area, 1)
-    print(f"pages that nobody watches {'count' if old else 'do not count'} as written")
+    saw(f"pages that nobody watches {'count' if old else 'do not count'} as written")
     both = set(range(6))
     for registered in (False, True):
         if registered:
@@ -131,7 +131,7 @@ def test_scan_holes(ctx: Context) -> None:
             found = Pagemap.scan(area.range, WRITTEN, returned=returned)
             seen = set(pages_in(area, found.regions))
             what = f"{'registered for WP' if registered else 'not registered'}, returned {returned}"
-            print(f"{what}: {'holes count as written, too' if seen - there else 'holes do not count as written'}")
+            saw(f"{what}: {'holes count as written, too' if seen - there else 'holes do not count as written'}")
             with promise("AS-15", what):
                 if old:
                     expect(seen in (there, both), True, f"pages there, or all, are written (found {sorted(seen)})")
@@ -165,7 +165,7 @@ def test_scan_categories(ctx: Context) -> None:
     area.fill()
     ctx.uffd.register(area.page(2, 2), WP)
     known = [category for category in (PageCategory.GUARD, ACCESSED) if knows(category)]
-    print(f"PAGEMAP_SCAN knows {', '.join(map(str, known)) or 'neither PAGE_IS_GUARD nor PAGE_IS_ACCESSED'}")
+    saw(f"PAGEMAP_SCAN knows {', '.join(map(str, known)) or 'neither PAGE_IS_GUARD nor PAGE_IS_ACCESSED'}")
     if Feature.RWP in ctx.uffd.offered:
         expect(ACCESSED in known, True, "AS-09: PAGE_IS_ACCESSED is known where RWP is offered")
     for category in (PageCategory.GUARD, ACCESSED):
@@ -197,7 +197,7 @@ def test_scan_guard(ctx: Context) -> None:
         expect(errno_name(error.errno or 0), "EINVAL", "errno of a kernel without MADV_GUARD_INSTALL")
         raise Skip("MADV_GUARD_INSTALL: EINVAL (Linux 6.13, for shared memory 6.15)") from None
     ctx.uffd.register(area.page(1, 5), WP)
-    print(f"PAGE_IS_GUARD is {'known' if knows(guard) else 'not known'}")
+    saw(f"PAGE_IS_GUARD is {'known' if knows(guard) else 'not known'}")
     for when in ("before", "after"):
         if knows(guard):
             found = Pagemap.scan(area.range, guard, returned=guard | PRESENT)

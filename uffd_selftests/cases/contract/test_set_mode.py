@@ -13,10 +13,10 @@ from functools import partial
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
     ALL, ANON, ASYNC_RWP, CACHED, KERNEL_FAULTS, MINOR, MINOR_FAULTS, MISSING, NEW, PAGE_SIZE, READ_TRAPPED, RWP,
-    SHARED, SYNC_RWP, TRAPPED, WP, WRITEPROTECT, WRITE_TRAPPED, Advice, Area, Channel, Child, Context, Feature, Pagemap,
-    Uffd, Waiter, advise, eventually, expect, expect_rwp_free, expect_rwp_trapped, fails, faulting, huge_area, mend,
-    monitored, orphaned, peek, poke, promise, refuses, rwp_filled, rwp_protected, rwp_trapped, syscalls, touch, uapi,
-    undisturbed, unread_event,
+    SHARED, SYNC_RWP, TRAPPED, WP, WRITEPROTECT, WRITE_TRAPPED, Advice, Area, Channel, Child, Context, Feature,
+    Pagemap, Uffd, Waiter, advise, eventually, expect, expect_rwp_free, expect_rwp_trapped, fails, faulting,
+    huge_area, mend, monitored, orphaned, peek, poke, promise, refuses, rwp_filled, rwp_protected, rwp_trapped, saw,
+    syscalls, touch, uapi, undisturbed, unread_event,
 )  # fmt: skip
 
 RWP_ASYNC = Feature.RWP_ASYNC
@@ -276,7 +276,7 @@ def expect_asleep_or_again(uffd: Uffd, waiter: Waiter, what: str) -> None:
     fault = waiter.fault
     assert fault is not None
     told = uffd.fdinfo[:2] != (0, 1) or uffd.readable()
-    print(f"{what}: {'reported once more' if told else 'sleeps on'}")
+    saw(f"{what}: {'reported once more' if told else 'sleeps on'}")
     if told:
         uffd.wait_fault(fault.address, fault.flags)
     uffd.expect_still_asleep(1)

@@ -15,8 +15,8 @@ from uffd_selftests.common import (
     SHMEM, SHMEM_PRIVATE, SYNC_RWP, UNREGISTERED, WP, WRITEPROTECT, Advice, Context, CopyMode, Feature, PagefaultFlag,
     Pagemap, Range, RegisterMode, Uffd, UffdError, Waiter, advise, bad_ranges, eventually, expect, expect_errno,
     expect_mappings, expect_modes, expect_same, faulting, faulting_pages, huge_area, keep_small, map_memory,
-    no_mapping_left, orphaned, peek, plain_file, poke, promise, protect, refuses, swap_out, touch, touch_trapped, uapi,
-    undisturbed, unmap, unread_event,
+    no_mapping_left, orphaned, peek, plain_file, poke, promise, protect, refuses, saw, swap_out, touch, touch_trapped,
+    uapi, undisturbed, unmap, unread_event,
 )  # fmt: skip
 
 
@@ -227,11 +227,13 @@ def test_unregister_foreign(ctx: Context) -> None:
             ctx.uffd.unregister(ctx.dst.range)
         except UffdError as error:
             expect_errno(error, EINVAL, "errno")
+            saw("EINVAL")
             expect_modes(ctx.dst.range, MISSING, UNREGISTERED)
             with faulting(owner, ctx.dst.start):
                 owner.copy(ctx.dst.start, ctx.src.start, ctx.page_size)
         else:
             expect(Feature.RWP in ctx.uffd.offered, False, "success on a kernel with UFFD_FEATURE_RWP, as of Linux 7.3")
+            saw("success")
             expect_modes(ctx.dst.range, UNREGISTERED, UNREGISTERED)
             undisturbed(owner, lambda: ctx.dst.expect_zero(0, 1))
 
