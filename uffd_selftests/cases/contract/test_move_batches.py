@@ -14,8 +14,8 @@ from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
     ANON, HOLES, MISSING, MOVE, NEW, PAGE_SIZE, PM_PRESENT, PM_SOFT_DIRTY, PM_SWAP, TABLE_BYTES, Advice, Area, Child,
     Context, KernelError, Pagemap, Skip, UffdError, Waiter, advise, errno_name, eventually, expect, expect_bytes, ffi,
-    fixed_buffer, huge_area, keep_small, page_numbers, peek, pmd_mapped, poke, promise, refuses, resident, smaps_bytes,
-    swap_out, syscalls, touch, undisturbed,
+    fixed_buffer, huge_area, keep_small, mended, page_numbers, peek, pmd_mapped, poke, promise, refuses, resident,
+    smaps_bytes, swap_out, syscalls, touch, undisturbed,
 )  # fmt: skip
 
 PFN = (1 << 55) - 1
@@ -308,7 +308,7 @@ def test_move_huge_spliced(ctx: Context) -> None:
     reader, writer = os.pipe2(os.O_CLOEXEC)
     vector = ffi.new("uint64_t[]", [src.page(7).start, 16])
     syscalls.call("vmsplice", writer, int(ffi.cast("uintptr_t", vector)), 1, 0)
-    with promise("MV-32"), Waiter(refused) as waiter:
+    with mended(ctx.uffd), promise("MV-32"), Waiter(refused) as waiter:
         eventually(lambda: waiter.done or waiter.cpu_time > 0.5, "UFFDIO_MOVE to return or to spin")
         spins = not waiter.done
         for fd in (reader, writer):

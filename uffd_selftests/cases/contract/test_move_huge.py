@@ -11,8 +11,8 @@ from pathlib import Path
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
     ANON, MISSING, MOVE, PAGE_SIZE, PM_SOFT_DIRTY, WP, Advice, Area, Child, Context, Feature, Pagemap, Skip, Waiter,
-    advise, eventually, expect, expect_bytes, faulting_pages, fixed_buffer, huge_area, peek, pmd_mapped, pmd_size, poke,
-    promise, refuses, require_soft_dirty, swap_out, uapi, undisturbed,
+    advise, eventually, expect, expect_bytes, faulting_pages, fixed_buffer, huge_area, mended, peek, pmd_mapped,
+    pmd_size, poke, promise, refuses, require_soft_dirty, swap_out, uapi, undisturbed,
 )  # fmt: skip
 
 
@@ -157,7 +157,7 @@ def test_move_huge_pinned_part(ctx: Context) -> None:
         with refuses(EBUSY):
             ctx.uffd.move(dst.start, src.start, PAGE_SIZE)
 
-    with ExitStack() as pin, promise("MV-14", "a part of a huge page, pinned"):
+    with ExitStack() as pin, mended(ctx.uffd), promise("MV-14", "a part of a huge page, pinned"):
         pin.enter_context(fixed_buffer(src.range))
         with Waiter(refused) as waiter:
             eventually(lambda: waiter.done or waiter.cpu_time > 0.5, "UFFDIO_MOVE to return or to spin")

@@ -9,8 +9,8 @@ from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
     ALL, ANON, MISSING, MIXED, MREMAP_DONTUNMAP, NOT_HUGETLB, PAGE_SIZE, REMAP, TABLE_BYTES, UNREGISTERED, WP,
     WRITEPROTECT, Context, Pagemap, Range, Uffd, announced, expect, expect_free, expect_modes, expect_no_memory,
-    expect_served, expect_trapped, huge_mixture, keep_small, mixture, moved, peek, pmd_mapped, promise, remap, touch,
-    undisturbed,
+    expect_served, expect_trapped, huge_mixture, keep_small, mended, mixture, moved, peek, pmd_mapped, promise, remap,
+    touch, undisturbed,
 )  # fmt: skip
 
 
@@ -186,7 +186,7 @@ def test_remap_beside(ctx: Context) -> None:
     for where in (area.page(0, 2), place.page(0, 2), place.page(4, 2)):
         ctx.uffd.register(where, MISSING)
     undisturbed(ctx.uffd, partial(remap, area.page(0, 2), to=place.page(2).start))
-    with promise("EV-43"):
+    with mended(ctx.uffd), promise("EV-43"):
         expect_modes(place.range, *[MISSING] * 2, *[UNREGISTERED] * 2, *[MISSING] * 2)
     for page in (0, 1, 4, 5):
         expect_served(ctx, place.page(page))

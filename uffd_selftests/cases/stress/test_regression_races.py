@@ -13,8 +13,8 @@ from uffd_selftests.common import (
     ANON, ASYNC, COMPANION, HUGETLB, HUGETLB_PRIVATE, KERNEL_FAULTS, MISSING, NOT_HUGETLB, PAGE_SIZE, RESTART, SHMEM,
     SUCCESS, UNREGISTERED, WP, WRITEPROTECT, Advice, Area, Channel, Child, Context, Feature, Outcomes, PageCategory,
     Pagemap, Race, Racer, Skip, Uffd, UffdError, advise, adviser, copier, eventually, expect, expect_modes, ffi,
-    huge_area, lib, mover, page_out, peek, pmd_size, protector, require_collapse, run_race, small_area, stored_bytes,
-    syscalls, toucher, undisturbed, vm_reader, waker, zeroer,
+    huge_area, lib, mended, mover, page_out, peek, pmd_size, protector, require_collapse, run_race, small_area,
+    stored_bytes, syscalls, toucher, undisturbed, vm_reader, waker, zeroer,
 )  # fmt: skip
 
 MPOL_MF_MOVE = 2  # include/uapi/linux/mempolicy.h
@@ -338,8 +338,9 @@ def test_move_pieces_said(ctx: Context) -> None:
     """
     for _ in range(30):
         _, _, outcomes = move_pieces(ctx, 8)
-        for moves in outcomes:
-            moves.expect_only(SUCCESS, EAGAIN, EBUSY)
+        with mended(ctx.uffd):
+            for moves in outcomes:
+                moves.expect_only(SUCCESS, EAGAIN, EBUSY)
 
 
 def memory_nodes() -> list[int]:
