@@ -111,6 +111,7 @@ WANTED_MODULES = (
     *("virtio_pci", "virtio_console"),
     *("lzo", "lzo_rle", "lz4", "zstd", "zram"),  # it asks for its compression by name, and nobody there loads that
     "loop",
+    "hwpoison_inject",
 )
 """The kernel's modules that a guest loads, in this order, each after those that it needs."""
 
