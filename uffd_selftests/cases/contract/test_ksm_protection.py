@@ -166,7 +166,7 @@ def check_unmerging(ctx: Context, guard: Protection) -> None:
 
 @uffd_case(
     "ksm-unmerge-writeprotected", mem=(ANON,), features=WRITEPROTECT, needs=NEEDS, pages=6, rows=("WP-07",),
-    kind=Kind.DETAIL,
+    bugs=(63,), kind=Kind.DETAIL,
 )  # fmt: skip
 def test_ksm_unmerge_writeprotected(ctx: Context) -> None:
     """MADV_UNMERGEABLE makes separate pages of merged ones that are protected against writes, and they stay so."""
