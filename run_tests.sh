@@ -36,6 +36,8 @@ check_interpreter() {
     command -v "$python" >/dev/null || die "no $python: apt-get install $packages"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         die "$python is older than 3.10: name a newer one: PYTHON=python3.12 ./run_tests.sh"
+    "$python" -c 'import sys; sys.exit(sys.maxsize < 1 << 32)' ||
+        die "$python is a program of 32 bits: name one of 64 bits: PYTHON=/usr/bin/python3 ./run_tests.sh"
     missing=$("$python" -c '
 import importlib.util as util, os, shutil, sysconfig
 cc = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from uffd_selftests.abi.uapi import NR_USERFAULTFD
+from uffd_selftests.abi.syscalls import number
 from uffd_selftests.machine.debugfs import DEBUGFS
 from uffd_selftests.machine.facts import Facts, probe
 from uffd_selftests.machine.settings import Sysctl
@@ -69,7 +69,7 @@ def with_seccomp(error: int) -> Callable[[], None]:
             struct.pack("=HBBI", *instruction)
             for instruction in (
                 (0x20, 0, 0, 0),  # load the system call's number
-                (0x15, 0, 1, NR_USERFAULTFD),
+                (0x15, 0, 1, number("userfaultfd")),
                 (0x06, 0, 0, SECCOMP_RET_ERRNO | error),
                 (0x06, 0, 0, SECCOMP_RET_ALLOW),
             )

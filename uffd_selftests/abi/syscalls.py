@@ -4,76 +4,28 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 
 from uffd_selftests.abi.errors import checked
 from uffd_selftests.abi.native import lib
-from uffd_selftests.abi.uapi import NR_USERFAULTFD
 
-_GENERIC = ("aarch64", "riscv64", "loongarch64")
-
-# Name: number on x86-64, number in the generic table (scripts/syscall.tbl of the kernel).
-_NUMBERS = {
-    "brk": (12, 214),
-    "capget": (125, 90),
-    "capset": (126, 91),
-    "clone": (56, 220),
-    "close_range": (436, 436),
-    "exit": (60, 93),
-    "fsconfig": (431, 431),
-    "fsmount": (432, 432),
-    "fsopen": (430, 430),
-    "fallocate": (285, 47),
-    "finit_module": (313, 273),
-    "futex": (202, 98),
-    "io_destroy": (207, 1),
-    "io_getevents": (208, 4),
-    "io_setup": (206, 0),
-    "io_submit": (209, 2),
-    "io_uring_enter": (426, 426),
-    "io_uring_register": (427, 427),
-    "io_uring_setup": (425, 425),
-    "madvise": (28, 233),
-    "map_shadow_stack": (453, 453),
-    "memfd_secret": (447, 447),
-    "mincore": (27, 232),
-    "mlock": (149, 228),
-    "mlock2": (325, 284),
-    "mlockall": (151, 230),
-    "move_pages": (279, 239),
-    "mremap": (25, 216),
-    "mseal": (462, 462),
-    "munlock": (150, 229),
-    "munlockall": (152, 231),
-    "pidfd_open": (434, 434),
-    "pkey_alloc": (330, 289),
-    "pkey_free": (331, 290),
-    "pkey_mprotect": (329, 288),
-    "prctl": (157, 167),
-    "preadv2": (327, 286),
-    "process_madvise": (440, 440),
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "ptrace": (101, 117),
-    "read": (0, 63),
-    "readv": (19, 65),
-    "rt_sigaction": (13, 134),
-    "rt_sigprocmask": (14, 135),
-    "set_robust_list": (273, 99),
-    "set_tid_address": (218, 96),
-    "shmat": (30, 196),
-    "shmctl": (31, 195),
-    "shmdt": (67, 197),
-    "shmget": (29, 194),
-    "sigaltstack": (131, 132),
-    "tgkill": (234, 131),
-    "unshare": (272, 97),
-    "vmsplice": (278, 75),
-    "write": (1, 64),
+_UNIFORM = {
+    "io_uring_setup": 425,
+    "io_uring_enter": 426,
+    "io_uring_register": 427,
+    "fsopen": 430,
+    "fsconfig": 431,
+    "fsmount": 432,
+    "pidfd_open": 434,
+    "close_range": 436,
+    "process_madvise": 440,
+    "memfd_secret": 447,
+    "map_shadow_stack": 453,
+    "mseal": 462,
 }
-
-UNIFORM = 424
-"""From here on system calls have the same number on every architecture (pidfd_send_signal, Linux 5.1)."""
+"""Those newer than the headers of some systems (include/uapi/asm-generic/unistd.h): from 424 on (Linux 5.1) a system
+call has the same number everywhere."""
 
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
@@ -84,15 +36,14 @@ FSCONFIG_SET_STRING = 1
 FSCONFIG_CMD_CREATE = 6
 
 
+@functools.cache
 def number(name: str) -> int:
-    """Return the number of a system call; -1, which every kernel answers with ENOSYS, on an unlisted architecture."""
-    x86_64, generic = _NUMBERS[name]
-    if x86_64 == generic >= UNIFORM:
-        return NR_USERFAULTFD // 1000 * 1000 + generic  # MIPS begins to count at 4000, 5000 or 6000
-    machine = os.uname().machine
-    if machine == "x86_64":
-        return x86_64
-    return generic if machine in _GENERIC else -1
+    """Return the number of a system call in programs like this one; KeyError of one that is not known."""
+    if name in _UNIFORM:
+        return number("userfaultfd") // 1000 * 1000 + _UNIFORM[name]  # MIPS begins to count at 4000, 5000 or 6000
+    if (found := int(lib.uffd_syscall_number(name.encode()))) < 0:
+        raise KeyError(name)
+    return found
 
 
 def call(name: str, *arguments: int) -> int:

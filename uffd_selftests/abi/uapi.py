@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import enum
 import os
-from ctypes import Structure, Union, c_int64, c_uint8, c_uint16, c_uint32, c_uint64, c_void_p, sizeof
+from ctypes import Structure, Union, c_int64, c_uint8, c_uint16, c_uint32, c_uint64, sizeof
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     # Opening a userfaultfd
-    "NR_USERFAULTFD",
     "USERFAULTFD_IOC_NEW",
     "UFFD_API",
     "UFFD_USER_MODE_ONLY",
@@ -462,51 +461,16 @@ class pm_scan_arg(Structure):
 # ---- what differs between architectures ----------------------------------------------------------------------------
 
 
-def _architecture(machine: str, pointer_size: int) -> str:
-    """Return one name for the system call interface of a process, from uname -m and the size of its pointers."""
-    if pointer_size == 4:
-        machine = {"x86_64": "i386", "aarch64": "arm", "mips64": "mips"}.get(machine, machine)
-    if machine[:1] == "i" and machine.endswith("86"):
-        return "i386"
-    families = ("arm", "riscv", "loongarch", "ppc", "s390", "sparc", "parisc", "sh")
-    return next((family for family in families if machine.startswith(family)), machine)
-
-
-_ARCHITECTURE = _architecture(os.uname().machine, sizeof(c_void_p))
-
-# From the kernel's syscall tables (arch/*/kernel/syscalls/*.tbl, scripts/syscall.tbl).
-_NR_USERFAULTFD = {
-    "x86_64": 323,
-    "i386": 374,
-    "aarch64": 282,
-    "arm": 388,
-    "riscv": 282,
-    "loongarch": 282,
-    "ppc": 364,
-    "s390": 355,
-    "mips": 4357,
-    "mips64": 5317,
-    "sparc": 352,
-    "parisc": 344,
-    "alpha": 516,
-    "m68k": 373,
-    "sh": 377,
-}
-
-NR_USERFAULTFD = _NR_USERFAULTFD.get(_ARCHITECTURE, -1)
-"""The number of userfaultfd(2); -1, which every kernel answers with ENOSYS, on an architecture not listed here."""
-
-
-def _ioctl_layout(architecture: str) -> tuple[int, int, int, int]:
+def _ioctl_layout(machine: str) -> tuple[int, int, int, int]:
     """Return the values of "no argument", "read" and "write" and the shift of all three (<asm/ioctl.h>)."""
-    if architecture in ("alpha", "mips", "mips64", "ppc", "sparc"):
+    if machine.startswith(("alpha", "mips", "ppc", "sparc")):
         return 1, 2, 4, 29
-    if architecture == "parisc":
+    if machine.startswith("parisc"):
         return 0, 1, 2, 30
     return 0, 2, 1, 30
 
 
-_NONE, _READ, _WRITE, _DIRECTION_SHIFT = _ioctl_layout(_ARCHITECTURE)
+_NONE, _READ, _WRITE, _DIRECTION_SHIFT = _ioctl_layout(os.uname().machine)
 
 
 def _ioc(direction: int, magic: int, number: int, argument: type[Structure] | None = None) -> int:

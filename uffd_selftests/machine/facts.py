@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from uffd_selftests.abi.native import lib
+from uffd_selftests.abi import syscalls
 from uffd_selftests.abi.uapi import (
-    NR_USERFAULTFD,
     PAGEMAP_SCAN,
     UFFD_API,
     UFFD_USER_MODE_ONLY,
@@ -209,9 +208,9 @@ WAYS = ("syscall", "device", "syscall-user-mode-only")
 def _open_userfaultfd(way: str) -> int:
     flags = os.O_CLOEXEC | os.O_NONBLOCK
     if way == "syscall":
-        return _syscall(NR_USERFAULTFD, flags)
+        return syscalls.call("userfaultfd", flags)
     if way == "syscall-user-mode-only":
-        return _syscall(NR_USERFAULTFD, flags | UFFD_USER_MODE_ONLY)
+        return syscalls.call("userfaultfd", flags | UFFD_USER_MODE_ONLY)
     device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
     try:
         return fcntl.ioctl(device, USERFAULTFD_IOC_NEW, flags)
@@ -273,14 +272,6 @@ def _in_user_namespace() -> bool:
 def _capability_names(mask: int) -> tuple[str, ...]:
     known = dict(enumerate(CAPABILITIES))
     return tuple(f"CAP_{known.get(bit, bit)}" for bit in range(mask.bit_length()) if mask >> bit & 1)
-
-
-def _syscall(number: int, *arguments: int) -> int:
-    """Make a system call; raises OSError."""
-    result = int(lib.uffd_syscall(number, *arguments, *[0] * (6 - len(arguments))))
-    if result < 0:
-        raise OSError(-result, os.strerror(-result))
-    return result
 
 
 def _errno_of(attempt: Callable[[], object]) -> str | None:

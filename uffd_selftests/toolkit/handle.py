@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from ctypes import addressof
 from typing import Any, NamedTuple
 
-from uffd_selftests.abi import uapi
+from uffd_selftests.abi import syscalls, uapi
 from uffd_selftests.abi.errors import checked
 from uffd_selftests.abi.native import lib
 from uffd_selftests.abi.uapi import (
@@ -74,7 +74,7 @@ HOLES = MoveMode.ALLOW_SRC_HOLES
 
 def _user_mode_only() -> int:
     """Return UFFD_USER_MODE_ONLY unless the kernel takes it for a flag that it does not know (before Linux 5.11)."""
-    ret = lib.uffd_syscall(uapi.NR_USERFAULTFD, os.O_CLOEXEC | uapi.UFFD_USER_MODE_ONLY, 0, 0, 0, 0, 0)
+    ret = lib.uffd_syscall(syscalls.number("userfaultfd"), os.O_CLOEXEC | uapi.UFFD_USER_MODE_ONLY, 0, 0, 0, 0, 0)
     if ret >= 0:
         os.close(ret)
     return 0 if ret == -errno.EINVAL else uapi.UFFD_USER_MODE_ONLY
@@ -120,7 +120,7 @@ class Uffd:
         Errors are those of userfaultfd(2): EPERM without privilege, EINVAL for unknown flags, ENOSYS.
         """
         if via in (None, "syscall"):
-            ret = lib.uffd_syscall(uapi.NR_USERFAULTFD, flags, 0, 0, 0, 0, 0)
+            ret = lib.uffd_syscall(syscalls.number("userfaultfd"), flags, 0, 0, 0, 0, 0)
             if ret >= 0 or via == "syscall" or not os.access("/dev/userfaultfd", os.R_OK | os.W_OK):
                 return cls(checked(ret, f"userfaultfd({flag_names(flags)})"))
         device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)

@@ -24,6 +24,68 @@ int64_t uffd_syscall(long nr, long a0, long a1, long a2, long a3, long a4, long 
 	return ret == -1 ? -errno : ret;
 }
 
+#define NUMBER(name) { #name, SYS_##name }
+
+long uffd_syscall_number(const char *name)
+{
+	static const struct {
+		const char *name;
+		long number;
+	} numbers[] = {
+		NUMBER(brk),
+		NUMBER(capget),
+		NUMBER(capset),
+		NUMBER(clone),
+		NUMBER(exit),
+		NUMBER(fallocate),
+		NUMBER(finit_module),
+		NUMBER(futex),
+		NUMBER(io_destroy),
+		NUMBER(io_getevents),
+		NUMBER(io_setup),
+		NUMBER(io_submit),
+		NUMBER(madvise),
+		NUMBER(mincore),
+		NUMBER(mlock),
+		NUMBER(mlock2),
+		NUMBER(mlockall),
+		NUMBER(move_pages),
+		NUMBER(mremap),
+		NUMBER(munlock),
+		NUMBER(munlockall),
+		NUMBER(pkey_alloc),
+		NUMBER(pkey_free),
+		NUMBER(pkey_mprotect),
+		NUMBER(prctl),
+		NUMBER(preadv2),
+		NUMBER(process_vm_readv),
+		NUMBER(process_vm_writev),
+		NUMBER(ptrace),
+		NUMBER(read),
+		NUMBER(readv),
+		NUMBER(rt_sigaction),
+		NUMBER(rt_sigprocmask),
+		NUMBER(set_robust_list),
+		NUMBER(set_tid_address),
+		NUMBER(shmat),
+		NUMBER(shmctl),
+		NUMBER(shmdt),
+		NUMBER(shmget),
+		NUMBER(sigaltstack),
+		NUMBER(tgkill),
+		NUMBER(unshare),
+		NUMBER(userfaultfd),
+		NUMBER(vmsplice),
+		NUMBER(write),
+	};
+
+	for (size_t i = 0; i < sizeof(numbers) / sizeof(*numbers); i++) {
+		if (!strcmp(name, numbers[i].name))
+			return numbers[i].number;
+	}
+	return -1;
+}
+
 int64_t uffd_ioctl(int fd, unsigned long request, uint64_t arg)
 {
 	int ret = ioctl(fd, request, arg);

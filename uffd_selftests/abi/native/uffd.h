@@ -11,6 +11,10 @@
 /* The result of the system call nr, or -errno. */
 int64_t uffd_syscall(long nr, long a0, long a1, long a2, long a3, long a4, long a5);
 
+/* The number that the system call of this name has in programs like this one, by the headers that this was compiled with;
+ * -1 when they have none.  It differs between architectures, and between a kernel's own programs and those of 32 bits. */
+long uffd_syscall_number(const char *name);
+
 /* The result of ioctl(2), or -errno. */
 int64_t uffd_ioctl(int fd, unsigned long request, uint64_t arg);
 

@@ -7,9 +7,10 @@ import os
 
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    ANON, DEFAULT_FLAGS, HUGETLB, MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, MINOR, MINOR_FAULTS,
-    MISSING, PAGE_SIZE, PROT_NONE, PROT_READ, PROT_WRITE, SHMEM, UNTOUCHED, WP, Context, Feature, KernelError, MoveMode,
-    Range, Request, Skip, Uffd, checked, expect_refused, keep_small, lib, map_memory, pmd_size, poke, uapi,
+    ANON, DEFAULT_FLAGS, HUGETLB, MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, MINOR,
+    MINOR_FAULTS, MISSING, PAGE_SIZE, PROT_NONE, PROT_READ, PROT_WRITE, SHMEM, UNTOUCHED, WP, Context, Feature,
+    KernelError, MoveMode, Range, Request, Skip, Uffd, checked, expect_refused, keep_small, lib, map_memory, pmd_size,
+    poke, syscalls, uapi,
 )  # fmt: skip
 
 READ_WRITE = PROT_READ | PROT_WRITE
@@ -227,9 +228,11 @@ def test_creation_no_memory(ctx: Context) -> None:
     """userfaultfd(2) says ENOMEM when the process may have no more memory."""
     made = [-1] * MOST_HANDLES
 
+    userfaultfd = syscalls.number("userfaultfd")
+
     def create() -> None:
         for number in range(MOST_HANDLES):
-            made[number] = lib.uffd_syscall(uapi.NR_USERFAULTFD, DEFAULT_FLAGS, 0, 0, 0, 0, 0)
+            made[number] = lib.uffd_syscall(userfaultfd, DEFAULT_FLAGS, 0, 0, 0, 0, 0)
             if made[number] < 0:
                 break
         last = made[number]
