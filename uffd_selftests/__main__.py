@@ -14,7 +14,7 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is not i
 def main() -> int:
     """Run the command line; EXIT_USAGE, in one line, where the package itself cannot be loaded."""
     try:
-        from uffd_selftests import cli  # noqa: PLC0415
+        from uffd_selftests import cli  # noqa: PLC0415  # which a program of 32 bits cannot
     except ImportError as error:
         if sys.maxsize > 1 << 32:
             raise

@@ -26,7 +26,8 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives up privileges t
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
 MS_REC_PRIVATE = 1 << 14 | 1 << 18
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, PR_SET_THP_DISABLE = 38, 22, 41
-SECCOMP_MODE_FILTER, SECCOMP_RET_ERRNO, SECCOMP_RET_ALLOW = 2, 0x50000, 0x7FFF0000
+SECCOMP_MODE_FILTER = 2
+SECCOMP_RET_KILL_PROCESS, SECCOMP_RET_ERRNO, SECCOMP_RET_ALLOW = 0x80000000, 0x50000, 0x7FFF0000
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -61,16 +62,25 @@ def with_debugfs_mounted() -> None:
     check(libc.mount(b"debugfs", bytes(DEBUGFS), b"debugfs", 0, None))
 
 
-def with_seccomp(error: int) -> Callable[[], None]:
-    """Return a function that installs a filter which answers userfaultfd(2) with an errno, as containers do."""
+def with_seccomp(
+    error: int | None, call: str = "userfaultfd", argument: tuple[int, int] | None = None
+) -> Callable[[], None]:
+    """Return a function that installs a filter which answers a system call with an errno, or, if None, kills for it.
+
+    Argument: only where the argument of this number has this value (its lower 32 bits).
+    """
+    answer = SECCOMP_RET_KILL_PROCESS if error is None else SECCOMP_RET_ERRNO | error
+    place = argument[0] if argument else 0
+    value = [(0x20, 0, 0, 16 + 8 * place), (0x15, 0, 1, argument[1])] if argument else []
 
     def install() -> None:
         program = b"".join(
             struct.pack("=HBBI", *instruction)
             for instruction in (
                 (0x20, 0, 0, 0),  # load the system call's number
-                (0x15, 0, 1, number("userfaultfd")),
-                (0x06, 0, 0, SECCOMP_RET_ERRNO | error),
+                (0x15, 0, 1 + len(value), number(call)),
+                *value,
+                (0x06, 0, 0, answer),
                 (0x06, 0, 0, SECCOMP_RET_ALLOW),
             )
         )

@@ -20,8 +20,8 @@ from tests.machine.processes import (
     without_thp,
 )
 from uffd_selftests.abi.uapi import Feature
+from uffd_selftests.machine import doors, hugepages
 from uffd_selftests.machine import facts as facts_module
-from uffd_selftests.machine import hugepages
 from uffd_selftests.machine.facts import Facts, probe
 from uffd_selftests.machine.requirements import REQUIREMENTS, missing_features, no_userfaultfd
 
@@ -148,7 +148,7 @@ def test_thp_switched_off_by_a_parent(facts: Facts) -> None:
 def test_bare_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without device, huge pages, THP, pagemap and log there are reasons instead of exceptions."""
     for module, name in (
-        (facts_module, "DEVICE"),
+        (doors, "DEVICE"),
         (facts_module, "THP"),
         (facts_module, "PAGEMAP"),
         (facts_module, "KMSG"),

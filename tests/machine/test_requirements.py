@@ -35,7 +35,7 @@ def test_missing_features(facts: Facts) -> None:
         ),
         ({"pmd_size": 1 << 21, "thp": {"enabled": "always"}, "thp_disabled": False}, "thp", None),
         (
-            {"unprivileged_userfaultfd": None, "seccomp": 0}
+            {"unprivileged_userfaultfd": None, "seccomp": 0, "built_in": False}
             | {"access": {"syscall": "ENOSYS", "syscall-user-mode-only": "ENOSYS", "device": "ENOENT"}},
             "syscall",
             "userfaultfd(2): ENOSYS: boot a kernel with CONFIG_USERFAULTFD",

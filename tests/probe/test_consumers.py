@@ -50,7 +50,9 @@ LIMITED: dict[str, tuple[Callable[[Findings], Findings], dict[str, tuple[Verdict
         },
     ),
     "no-privilege": (
-        lambda found: without(found, access=SHUT, unprivileged_userfaultfd=0, user_namespace=False, event_fork="EPERM"),
+        lambda found: without(
+            found, access=SHUT, unprivileged_userfaultfd=0, user_namespace=False, event_fork="EPERM", euid=1
+        ),
         {
             "qemu-postcopy": (
                 Verdict.NO,
@@ -67,7 +69,7 @@ LIMITED: dict[str, tuple[Callable[[Findings], Findings], dict[str, tuple[Verdict
     ),
     "sysctl-only": (
         lambda found: without(
-            found, access={**SHUT, "syscall": None}, user_namespace=False, capabilities=(), event_fork="EPERM"
+            found, access={**SHUT, "syscall": None}, user_namespace=False, capabilities=(), event_fork="EPERM", euid=1
         ),
         {
             "qemu-postcopy": (Verdict.YES, ""),

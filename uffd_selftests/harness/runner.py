@@ -37,6 +37,9 @@ GIVES_WAY = 10
 """How nice a case with one CPU is beside other workers: what they race for on all CPUs at once, one of them late leaves
 the others idle."""
 
+FILTERED = "killed by SIGSYS"
+"""How a case ends that makes a system call for which a seccomp filter kills."""
+NOT_ALLOWED = "a seccomp filter kills who makes a system call that this case needs: run outside of the sandbox"
 PHASES = ("setup", "call", "teardown")
 
 REFUSAL = pytest.StashKey[str]()
@@ -211,7 +214,10 @@ class Runner:
         self._last = item
         if case and case.stress and ending.how is not How.DONE:
             ending.evidence.append(f"again: --stress-seed {self._settings.stress_seed}")
-        reports = _reports(item, ending, is_plain=is_plain)
+        if self._facts.seccomp and ending.reason == FILTERED:
+            reports = [_passed(item, "setup"), _skipped(item, ending.seconds, NOT_ALLOWED), _passed(item, "teardown")]
+        else:
+            reports = _reports(item, ending, is_plain=is_plain)
         left = [record.line for record in ending.records if isinstance(record, plain.Leak)] + ending.leftovers
         if left:
             _fail_late(item, reports, "left behind", left)
@@ -443,9 +449,7 @@ def _fill_in(item: pytest.Item, ending: Ending, reports: list[pytest.TestReport]
             failure.outcome, failure.longrepr, failure.wasxfail = "skipped", record.text, expectation(item)
             reports.append(failure)
         elif isinstance(record, plain.Skipped):
-            skipped = _passed(item, "call", record.seconds)
-            skipped.outcome, skipped.longrepr = "skipped", skipped_for(item, record.reason)
-            reports.append(skipped)
+            reports.append(_skipped(item, record.seconds, record.reason))
     reports.insert(0, _passed(item, "setup"))
     if ending.how is How.DONE or reports[-1].failed:
         reports.append(_passed(item, "teardown"))
@@ -456,6 +460,13 @@ def _fill_in(item: pytest.Item, ending: Ending, reports: list[pytest.TestReport]
 def _passed(item: pytest.Item, when: Literal["setup", "call", "teardown"], seconds: float = 0.0) -> pytest.TestReport:
     """Return the report of a phase that went well."""
     return pytest.TestReport(item.nodeid, item.location, {item.name: 1}, "passed", None, when, duration=seconds)
+
+
+def _skipped(item: pytest.Item, seconds: float, reason: str) -> pytest.TestReport:
+    """Return the report of a case that found something missing."""
+    report = _passed(item, "call", seconds)
+    report.outcome, report.longrepr = "skipped", skipped_for(item, reason)
+    return report
 
 
 def _fail_late(item: pytest.Item, reports: list[pytest.TestReport], what: str, lines: list[str]) -> None:

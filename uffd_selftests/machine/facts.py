@@ -17,21 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from uffd_selftests.abi import syscalls
-from uffd_selftests.abi.uapi import (
-    PAGEMAP_SCAN,
-    UFFD_API,
-    UFFD_USER_MODE_ONLY,
-    UFFDIO_API,
-    USERFAULTFD_IOC_NEW,
-    Feature,
-    pm_scan_arg,
-    uffdio_api,
-)
+from uffd_selftests.abi.uapi import PAGEMAP_SCAN, Feature, pm_scan_arg
+from uffd_selftests.machine import doors
 from uffd_selftests.machine.debugfs import DEBUGFS, open_debugfs
+from uffd_selftests.machine.doors import WAYS
 from uffd_selftests.machine.hugepages import hugepage_sizes
 
-DEVICE = "/dev/userfaultfd"
 MEMINFO = "/proc/meminfo"
 PAGEMAP = "/proc/self/pagemap"
 KMSG = "/dev/kmsg"
@@ -118,7 +109,12 @@ class Facts:
     features: Feature
     """What UFFDIO_API offers on a fresh descriptor; Feature(0) when no userfaultfd can be had."""
     access: dict[str, str | None]
-    """Ways to a userfaultfd (syscall, device, syscall-user-mode-only): None when it works, else the errno's name."""
+    """Ways to a userfaultfd (syscall, device, syscall-user-mode-only): None when it works, else the errno's name, or
+    that of the signal that a seccomp filter sends."""
+    handshake: str | None
+    """None when a descriptor serves, else what is refused on it, and how: ``UFFDIO_API: EACCES``."""
+    built_in: bool | None
+    """Whether the kernel was built with userfaultfd(2); None when that cannot be told."""
     event_fork: str | None
     """None when UFFDIO_API enables UFFD_FEATURE_EVENT_FORK, else the errno's name."""
     unprivileged_userfaultfd: int | None
@@ -133,6 +129,12 @@ class Facts:
     """In a user namespace of its own, whose capabilities do not count for most of what the kernel protects."""
     seccomp: int
     """Seccomp mode of this process: 0 none, 1 strict, 2 filter."""
+    security_modules: tuple[str, ...]
+    """The Linux security modules in force."""
+    security_context: str
+    """What SELinux's policy takes this process for (its type), or another module's name for it."""
+    sandbox: str
+    """What stands in for a Linux kernel (gVisor); empty when nothing does."""
     memlock: int
     """Soft RLIMIT_MEMLOCK in bytes, -1 when there is no limit."""
     pagemap: str | None
@@ -150,6 +152,7 @@ class Facts:
             **dataclasses.asdict(self),
             "hugepage_sizes": list(self.hugepage_sizes),
             "capabilities": list(self.capabilities),
+            "security_modules": list(self.security_modules),
             "features": int(self.features),
             "feature_names": list(self.features.names),  # for whoever reads it
         }
@@ -160,6 +163,7 @@ class Facts:
         values = {field.name: plain[field.name] for field in dataclasses.fields(cls)}
         values["hugepage_sizes"] = tuple(values["hugepage_sizes"])
         values["capabilities"] = tuple(values["capabilities"])
+        values["security_modules"] = tuple(values["security_modules"])
         values["features"] = Feature(values["features"])
         return cls(**values)
 
@@ -169,8 +173,11 @@ def probe() -> Facts:
     uname = os.uname()
     meminfo = _fields(MEMINFO)
     status = _fields("/proc/self/status")
-    access = {way: _errno_of(lambda way=way: os.close(_open_userfaultfd(way))) for way in WAYS}  # type: ignore[misc]
+    refused = {way: doors.refusal(way) for way in WAYS}
+    access = {way: None if not found or found[0] else found[1] for way, found in refused.items()}
     way = next((way for way in WAYS if access[way] is None), None)
+    handshake = ": ".join(refused[way] or ()) if way else ""
+    usable = way if not handshake else None
     return Facts(
         release=uname.release,
         version=uname.version,
@@ -184,15 +191,20 @@ def probe() -> Facts:
         thp={name: _chosen(_read(THP / name)) for name in ("enabled", "defrag", "shmem_enabled")},
         thp_disabled=status.get("THP_enabled") == "0",
         swap_total=_bytes(meminfo, "SwapTotal"),
-        features=_api(way, Feature(0)) if way else Feature(0),
+        features=_offered(usable, Feature(0)) if usable else Feature(0),
         access=access,
-        event_fork=_errno_of(lambda: _api(way, Feature.EVENT_FORK)) if way else access["syscall"],
+        handshake=handshake or None,
+        built_in=True if way else doors.built_in(),
+        event_fork=_errno_of(lambda: _offered(usable, Feature.EVENT_FORK)) if usable else access["syscall"],
         unprivileged_userfaultfd=_number(_read("/proc/sys/vm/unprivileged_userfaultfd")),
         device_mode=_device_mode(),
         euid=os.geteuid(),
         capabilities=_capability_names(int(status.get("CapEff", "0"), 16)),
         user_namespace=_in_user_namespace(),
         seccomp=_number(status.get("Seccomp", "")) or 0,
+        security_modules=doors.security_modules(),
+        security_context=doors.security_context(),
+        sandbox=doors.sandbox(),
         memlock=resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         pagemap=_pagemap_reason(),
         pagemap_scan=_pagemap_scan_reason(),
@@ -201,32 +213,22 @@ def probe() -> Facts:
     )
 
 
-WAYS = ("syscall", "device", "syscall-user-mode-only")
-"""The ways to a userfaultfd, best first."""
-
-
-def _open_userfaultfd(way: str) -> int:
-    flags = os.O_CLOEXEC | os.O_NONBLOCK
-    if way == "syscall":
-        return syscalls.call("userfaultfd", flags)
-    if way == "syscall-user-mode-only":
-        return syscalls.call("userfaultfd", flags | UFFD_USER_MODE_ONLY)
-    device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+def _offered(way: str, features: Feature) -> Feature:
+    """Enable features on a descriptor of one's own, and return what is offered."""
+    uffd = doors.open_userfaultfd(way)
     try:
-        return fcntl.ioctl(device, USERFAULTFD_IOC_NEW, flags)
-    finally:
-        os.close(device)
-
-
-def _api(way: str, features: Feature) -> Feature:
-    """Enable features on a fresh descriptor, for each takes one UFFDIO_API only, and return what is offered."""
-    request = uffdio_api(api=UFFD_API, features=int(features))
-    uffd = _open_userfaultfd(way)
-    try:
-        fcntl.ioctl(uffd, UFFDIO_API, request)
+        return doors.shake_hands(uffd, features)
     finally:
         os.close(uffd)
-    return Feature(request.features)
+
+
+def as_root() -> str:
+    """Say what helps whom the kernel refuses what root may."""
+    if os.geteuid():
+        return AS_ROOT
+    if locked := doors.lockdown():
+        return f"the kernel is locked down ({locked}), for root too: boot it without lockdown= and Secure Boot"
+    return "root of a container may not: run outside of it"
 
 
 def _pagemap_reason() -> str | None:
@@ -246,18 +248,18 @@ def _pagemap_scan_reason() -> str | None:
 def _gup_test_reason() -> str | None:
     name = _errno_of(lambda: os.close(open_debugfs("gup_test", os.O_RDWR)))
     if name in ("EACCES", "EPERM"):
-        return f"{DEBUGFS}/gup_test: {name}: {AS_ROOT}"
+        return f"{DEBUGFS}/gup_test: {name}: {as_root()}"
     return f"CONFIG_GUP_TEST: {DEBUGFS}/gup_test: {name}" if name else None
 
 
 def _kmsg_reason() -> str | None:
     name = _errno_of(lambda: os.close(os.open(KMSG, os.O_RDONLY | os.O_NONBLOCK)))
-    return f"{KMSG}: {name}" + (f": {AS_ROOT}" if name in ("EACCES", "EPERM") else "") if name else None
+    return f"{KMSG}: {name}" + (f": {as_root()}" if name in ("EACCES", "EPERM") else "") if name else None
 
 
 def _device_mode() -> int | None:
     try:
-        return os.stat(DEVICE).st_mode & 0o7777
+        return os.stat(doors.DEVICE).st_mode & 0o7777
     except OSError:
         return None
 

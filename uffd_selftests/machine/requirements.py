@@ -6,14 +6,42 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from uffd_selftests.abi.uapi import Feature
-from uffd_selftests.machine.facts import AS_ROOT, DEVICE, THP, Facts
+from uffd_selftests.machine.doors import DEVICE
+from uffd_selftests.machine.facts import AS_ROOT, THP, Facts
+
+PROFILE = "allow userfaultfd in the container's profile"
+TOO_LARGE = 64 << 20
+"""Bytes of a huge page of which a case can no longer take a handful."""
 
 
 def no_userfaultfd(facts: Facts) -> str | None:
     """Return why no userfaultfd can be had at all, in any way."""
-    if None in facts.access.values():
-        return None
-    return f"{_syscall_reason(facts)}; {_device_reason(facts)}"
+    if facts.sandbox and None not in facts.access.values():
+        return f"userfaultfd(2): {facts.access['syscall']}: {facts.sandbox} has none: run outside of it"
+    if None not in facts.access.values():
+        return f"{_syscall_reason(facts)}; {_device_reason(facts)}"
+    return _refused(facts, *facts.handshake.split(": ")) if facts.handshake else None
+
+
+def _refused(facts: Facts, call: str, name: str) -> str:
+    """Say who refuses a call to whom the kernel itself would grant it, and whom to ask."""
+    if name == "EACCES":
+        return f"{call}: EACCES: {_policy(facts)}"
+    if name == "SIGSYS":
+        return f"{call}: SIGSYS: a seccomp filter kills who makes it: {PROFILE}"
+    if facts.seccomp and name in ("ENOSYS", "EPERM"):
+        return f"{call}: {name}: forbidden by a seccomp filter: {PROFILE}"
+    return f"{call}: {name}"
+
+
+def _policy(facts: Facts) -> str:
+    """Say which security module says EACCES, also to root, and what its policy must allow."""
+    asked = f"allow {facts.security_context or 'its domain'} self:anon_inode {{ create ioctl read }}"
+    if "selinux" in facts.security_modules:
+        return f"SELinux forbids it, to root too: have its policy {asked}"
+    there = f" (in force: {', '.join(facts.security_modules)})" if facts.security_modules else ""
+    whose = " or a seccomp filter" if facts.seccomp else ""
+    return f"a security module{there}{whose} forbids it, to root too: with SELinux, have its policy {asked}"
 
 
 def missing_features(facts: Facts, wanted: Feature) -> list[str]:
@@ -38,11 +66,13 @@ def _syscall_reason(facts: Facts) -> str | None:
         return None
     if name == "EINVAL":  # before Linux 5.11: no UFFD_USER_MODE_ONLY
         return _kernel_faults_reason(facts)
-    if name == "ENOSYS" and facts.unprivileged_userfaultfd is None and not facts.seccomp:
-        return "userfaultfd(2): ENOSYS: boot a kernel with CONFIG_USERFAULTFD"
+    if name == "ENOSYS" and not facts.built_in:
+        where = "the host needs" if facts.seccomp else "boot"
+        doubt = ", unless a seccomp filter forbids it" if facts.seccomp and facts.built_in is None else ""
+        return f"userfaultfd(2): ENOSYS: {where} a kernel with CONFIG_USERFAULTFD{doubt}"
     if name in ("ENOSYS", "EPERM"):  # the kernel itself refuses nobody who asks for faults in user mode only
-        return f"userfaultfd(2): {name}: forbidden by a seccomp filter: allow userfaultfd in the container's profile"
-    return f"userfaultfd(2): {name}"
+        return f"userfaultfd(2): {name}: forbidden by a seccomp filter: {PROFILE}"
+    return _refused(facts, "userfaultfd(2)", name)
 
 
 def _device_reason(facts: Facts) -> str | None:
@@ -52,7 +82,8 @@ def _device_reason(facts: Facts) -> str | None:
     remedies = {
         "ENOENT": "needs Linux 6.1, and a container needs --device /dev/userfaultfd",
         "EPERM": "the container's device rules forbid it: --device /dev/userfaultfd",
-        "EACCES": f"{AS_ROOT}, or setfacl -m u:$USER:rw {DEVICE}",
+        "EACCES": f"{AS_ROOT}, or setfacl -m u:$USER:rw {DEVICE}" if facts.euid else _policy(facts),
+        "SIGSYS": f"a seccomp filter kills who opens it: {PROFILE}",
     }
     return f"{DEVICE}: {name}" + (f": {remedies[name]}" if name in remedies else "")
 
@@ -85,7 +116,13 @@ def _thp_reason(facts: Facts) -> str | None:
 
 
 def _hugetlb_reason(facts: Facts) -> str | None:
-    return None if facts.hugepage_size else "no huge pages: boot a kernel with CONFIG_HUGETLBFS"
+    if not facts.hugepage_size:
+        return "no huge pages: boot a kernel with CONFIG_HUGETLBFS"
+    if facts.hugepage_size <= TOO_LARGE:
+        return None
+    mib = [size >> 20 for size in sorted(facts.hugepage_sizes) if size <= TOO_LARGE]
+    remedy = f"boot with default_hugepagesz={mib[-1]}M" if mib else "boot a kernel with smaller pages"
+    return f"huge pages of {facts.hugepage_size >> 20} MiB are too large to take several: {remedy}"
 
 
 def _capability_reason(facts: Facts, name: str) -> str | None:
@@ -95,8 +132,10 @@ def _capability_reason(facts: Facts, name: str) -> str | None:
 
 
 def _capability_remedy(facts: Facts, name: str) -> str:
-    where = " outside of the container" if facts.user_namespace else ""
-    return f"needs {name}, {AS_ROOT}{where}"
+    if facts.euid or facts.user_namespace:
+        where = " outside of the container" if facts.user_namespace else ""
+        return f"needs {name}, {AS_ROOT}{where}"
+    return f"needs {name}, which root has not here: --cap-add {name.removeprefix('CAP_')} for a container"
 
 
 REQUIREMENTS: dict[str, Callable[[Facts], str | None]] = {

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from uffd_selftests.machine.facts import AS_ROOT, DEVICE, Facts
-from uffd_selftests.machine.requirements import REQUIREMENTS
+from uffd_selftests.machine.doors import DEVICE
+from uffd_selftests.machine.facts import AS_ROOT, Facts
+from uffd_selftests.machine.requirements import REQUIREMENTS, no_userfaultfd
 
 SYSCTL = "vm.unprivileged_userfaultfd"
 
@@ -28,13 +29,16 @@ class Door:
 
 def doors(facts: Facts) -> tuple[Door, ...]:
     """Return all three, the best first."""
-    return tuple(
-        Door(name, title, kernel_faults, facts.access[name], reason)
-        for name, title, kernel_faults, reason in (
-            ("syscall", "userfaultfd(2)", True, _syscall_reason(facts)),
-            ("device", DEVICE, True, REQUIREMENTS["device"](facts)),
-            ("syscall-user-mode-only", "userfaultfd(2), UFFD_USER_MODE_ONLY", False, _user_mode_reason(facts)),
-        )
+    ways = (
+        ("syscall", "userfaultfd(2)", True, _syscall_reason(facts)),
+        ("device", DEVICE, True, REQUIREMENTS["device"](facts)),
+        ("syscall-user-mode-only", "userfaultfd(2), UFFD_USER_MODE_ONLY", False, _user_mode_reason(facts)),
+    )
+    if not facts.handshake:
+        return tuple(Door(name, title, kernel, facts.access[name], reason) for name, title, kernel, reason in ways)
+    return tuple(  # what can be opened does not serve
+        Door(name, title, kernel, facts.access[name] or facts.handshake, reason or no_userfaultfd(facts))
+        for name, title, kernel, reason in ways
     )
 
 

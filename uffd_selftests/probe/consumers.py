@@ -13,7 +13,7 @@ from enum import Enum
 
 from uffd_selftests.abi.uapi import Feature
 from uffd_selftests.machine.hugepages import lack_of_hugepages
-from uffd_selftests.machine.requirements import missing_features
+from uffd_selftests.machine.requirements import missing_features, no_userfaultfd
 from uffd_selftests.probe.access import doors
 from uffd_selftests.probe.findings import Answer, Findings
 
@@ -83,7 +83,8 @@ def feature(*features: Feature) -> Need:
     """UFFDIO_API enables these."""
 
     def need(findings: Findings) -> str | None:
-        return "; ".join(reason for bit in features for reason in missing_features(findings.facts, bit)) or None
+        reasons = [reason for bit in features for reason in missing_features(findings.facts, bit)]
+        return "; ".join(dict.fromkeys(reasons)) or None
 
     return need
 
@@ -103,7 +104,7 @@ def works(memory: str, *trials: str) -> Need:
     def need(findings: Findings) -> str | None:
         column = next((each for each in findings.columns if each.name == memory), None)
         if column is None:
-            return f"no {memory} memory: boot a kernel with CONFIG_HUGETLBFS"
+            return no_userfaultfd(findings.facts) or f"no {memory} memory: boot a kernel with CONFIG_HUGETLBFS"
         for trial in trials:
             outcome = column.outcomes[trial]
             if outcome.answer is Answer.UNTESTED:

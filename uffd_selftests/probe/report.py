@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from uffd_selftests import __version__
-from uffd_selftests.machine.facts import DEVICE
+from uffd_selftests.machine.doors import DEVICE
 from uffd_selftests.machine.requirements import no_userfaultfd
 from uffd_selftests.mem_types import Backing
 from uffd_selftests.probe.access import SYSCTL, doors

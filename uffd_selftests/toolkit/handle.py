@@ -30,6 +30,7 @@ from uffd_selftests.abi.uapi import (
     WriteprotectMode,
     ZeropageMode,
 )
+from uffd_selftests.machine import doors
 from uffd_selftests.toolkit.expectations import DEADLINE, Unexplained, expect
 from uffd_selftests.toolkit.memory import PAGE_SIZE, Range, mmap_min_addr
 from uffd_selftests.toolkit.messages import MESSAGE_SIZE, Fault, Message, parse_message
@@ -72,15 +73,10 @@ MOVE = Feature.MOVE
 HOLES = MoveMode.ALLOW_SRC_HOLES
 
 
-def _user_mode_only() -> int:
-    """Return UFFD_USER_MODE_ONLY unless the kernel takes it for a flag that it does not know (before Linux 5.11)."""
-    ret = lib.uffd_syscall(syscalls.number("userfaultfd"), os.O_CLOEXEC | uapi.UFFD_USER_MODE_ONLY, 0, 0, 0, 0, 0)
-    if ret >= 0:
-        os.close(ret)
-    return 0 if ret == -errno.EINVAL else uapi.UFFD_USER_MODE_ONLY
-
-
-USER_MODE_ONLY = _user_mode_only()
+_REFUSED = doors.refusal("syscall-user-mode-only")
+_DEADLY = _REFUSED == ("", "SIGSYS")
+"""A seccomp filter kills who calls userfaultfd(2)."""
+USER_MODE_ONLY = 0 if _REFUSED == ("", "EINVAL") else uapi.UFFD_USER_MODE_ONLY
 """What asks for the least privilege: UFFD_USER_MODE_ONLY where there is such a flag, else 0."""
 DEFAULT_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | USER_MODE_ONLY
 """Flags of a handle unless a case says otherwise: those of upstream, which need no privilege."""
@@ -119,7 +115,7 @@ class Uffd:
 
         Errors are those of userfaultfd(2): EPERM without privilege, EINVAL for unknown flags, ENOSYS.
         """
-        if via in (None, "syscall"):
+        if via == "syscall" or not (via or _DEADLY):
             ret = lib.uffd_syscall(syscalls.number("userfaultfd"), flags, 0, 0, 0, 0, 0)
             if ret >= 0 or via == "syscall" or not os.access("/dev/userfaultfd", os.R_OK | os.W_OK):
                 return cls(checked(ret, f"userfaultfd({flag_names(flags)})"))

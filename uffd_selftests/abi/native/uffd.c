@@ -44,6 +44,7 @@ long uffd_syscall_number(const char *name)
 		NUMBER(io_getevents),
 		NUMBER(io_setup),
 		NUMBER(io_submit),
+		NUMBER(ioctl),
 		NUMBER(madvise),
 		NUMBER(mincore),
 		NUMBER(mlock),

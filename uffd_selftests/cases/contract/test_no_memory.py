@@ -223,11 +223,12 @@ def test_writeprotect_no_table(ctx: Context) -> None:
     expect_refused(prepare, ctx.dst.range)
 
 
-@uffd_case("creation-no-memory", mem=(ANON,), features=Feature.MINOR_SHMEM, pages=1, rows=("CR-13",))
+@uffd_case(
+    "creation-no-memory", mem=(ANON,), features=Feature.MINOR_SHMEM, needs=("syscall",), pages=1, rows=("CR-13",)
+)
 def test_creation_no_memory(ctx: Context) -> None:
     """userfaultfd(2) says ENOMEM when the process may have no more memory."""
     made = [-1] * MOST_HANDLES
-
     userfaultfd = syscalls.number("userfaultfd")
 
     def create() -> None:
