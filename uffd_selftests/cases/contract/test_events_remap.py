@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,12 +12,16 @@ from functools import partial
 
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, MISSING, MREMAP_DONTUNMAP, MREMAP_FIXED, NOT_HUGETLB, PAGE_SIZE, PROT_READ, REMAP, REMOVE, SHMEM,
-    SHMEM_PRIVATE, UNMAP, UNREGISTERED, Advice, Context, Feature, Range, Remapped, Waiter, advise, announced,
-    await_event, expect, expect_contents, expect_modes, expect_no_memory, expect_one_of, expect_served, fails,
-    modes_offered, moved, outcome, peek, promise, protect, recorder, remap, saw, smaps_fields, take_event,
-    undisturbed, unmap, unmapped,
+    ALL, ANON, HUGETLB, MAP_ANONYMOUS, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, MISSING, MREMAP_DONTUNMAP,
+    MREMAP_FIXED, NOT_HUGETLB, PAGE_SIZE, PROT_NONE, PROT_READ, REMAP, REMOVE, SHMEM, SHMEM_PRIVATE, UNMAP,
+    UNREGISTERED, Advice, Context, Feature, Range, Remapped, Waiter, advise, announced, await_event, expect,
+    expect_contents, expect_modes, expect_no_memory, expect_one_of, expect_served, fails, mapped, modes_offered,
+    moved, outcome, peek, promise, protect, recorder, remap, saw, smaps_fields, take_event, undisturbed, unmap,
+    unmapped,
 )  # fmt: skip
+
+
+UNRESERVED = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
 
 
 @uffd_case("remap-event", mem=ALL, features=REMAP, pages=3, rows=("EV-02", "EV-18", "EV-28"))
@@ -124,6 +129,33 @@ def test_remap_event_shrunk_or_old(ctx: Context) -> None:
     length, old, new = shrink(ctx)
     expect(length in (old, new), True, f"EV-20: remap.len {length} is the old or the new length")
     saw(f"remap.len is the {'old' if length == old else 'new'} length")
+
+
+TOO_LONG = Defect(
+    id="D-EV-47",
+    summary="mremap(2) of huge pages says ENOMEM for most lengths from 4 GiB on: what was moved is counted in an int",
+    kernels="6.12.117, 6.18.44, 7.3.4",
+    advice="Move mappings of huge pages in pieces below 2 GiB.",
+    shows=r"mremap\(.*\): ENOMEM",
+)
+
+
+@uffd_case(
+    "remap-event-long", mem=(HUGETLB,), features=REMAP, pages=1, rows=("EV-47",), kind=Kind.DETAIL, defect=TOO_LONG
+)
+def test_remap_event_long(ctx: Context) -> None:
+    """A mapping of huge pages of any length can be moved, is announced with that length, and registered there."""
+    for gib in (1, 3, 4, 5, 8):
+        with promise("EV-47", f"{gib} GiB"), mapped(2 * gib << 30, prot=PROT_NONE, flags=UNRESERVED) as place:
+            where = Range(-(-place.start // ctx.page_size) * ctx.page_size, gib << 30)
+            fd = os.memfd_create("uffd-long", os.MFD_CLOEXEC | os.MFD_HUGETLB)
+            os.ftruncate(fd, where.len)
+            with mapped(where.len, flags=MAP_SHARED | MAP_NORESERVE, fd=fd) as old:
+                ctx.uffd.register(old, MISSING)
+                announced(ctx.uffd, partial(remap, old, to=where.start), moved(old, where.start))
+                expect_modes(where, MISSING)
+                ctx.uffd.unregister(where)
+            os.close(fd)
 
 
 @uffd_case("remap-grow-in-place", mem=NOT_HUGETLB, features=REMAP | UNMAP, pages=3, rows=("EV-22",), kind=Kind.DETAIL)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from errno import EFAULT
 
-from uffd_selftests.case import Kind, uffd_case
+from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
     HUGETLB, MISSING, NOT_HUGETLB, UNREGISTERED, Area, Context, Range, expect, expect_modes, fails, peek, poke, promise,
     remap, shared_page_table, touch_trapped, undisturbed, unmap,
@@ -51,12 +51,22 @@ def test_mremap_invalid_vmas(ctx: Context, variant: str) -> None:
             expect_modes(area.page(page), MISSING)
 
 
+TOO_LONG = Defect(
+    id="D-EV-47",
+    summary="mremap(2) of huge pages says ENOMEM for most lengths from 4 GiB on: what was moved is counted in an int",
+    kernels="6.12.117, 7.3.4, where a page table of huge pages maps so much: arm64 with pages of 16 kB",
+    advice="Move mappings of huge pages in pieces below 2 GiB.",
+    shows=r"mremap\(.*\): ENOMEM",
+)
+
+
 @uffd_case(
     "hugetlb-mremap",
     mem=(HUGETLB,),
     pages=1,
     rows=("EV-24",),
     bugs=(54,),
+    defect=TOO_LONG,
     kind=Kind.DETAIL,
     may_hang_kernel=True,  # where the page table is not shared after all
 )
