@@ -41,7 +41,9 @@ def capable(found: Findings) -> Findings:
     columns = tuple(findings.Column(dataclasses.replace(HUGETLB, name=name), dict(outcomes), None) for name in names)
     handle = {trial.name: works for trial in OF_HANDLE}
     pools = {2 << 20: HugepageCounts(4, 4, 0, 0)}
-    return dataclasses.replace(found, facts=facts, columns=columns, handle=handle, pools=pools, dontunmap=None)
+    behaviour = {**found.behaviour, "scan-accessed": Outcome(Answer.WORKS, detail="tells it")}
+    changed = {"facts": facts, "columns": columns, "handle": handle, "behaviour": behaviour, "pools": pools}
+    return dataclasses.replace(found, dontunmap=None, **changed)
 
 
 def without(found: Findings, *features: Feature, **facts: Any) -> Findings:

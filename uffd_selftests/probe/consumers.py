@@ -126,6 +126,17 @@ def events(*names: str) -> Need:
     return need
 
 
+def answers(key: str, answer: str) -> Need:
+    """The question has this answer."""
+
+    def need(findings: Findings) -> str | None:
+        outcome = findings.behaviour.get(key)
+        said = outcome.detail or outcome.errno if outcome else "not asked"
+        return None if said == answer else f"{key}: {said}"
+
+    return need
+
+
 def pagemap_scan(findings: Findings) -> str | None:
     """PAGEMAP_SCAN is there."""
     return findings.facts.pagemap_scan
@@ -248,6 +259,25 @@ CONSUMERS = (
             mremap_dontunmap,
             works("anon", "COPY", "ZEROPAGE", "SIGBUS"),
         ),
-        (("releases that ask for minor faults, too", feature(Feature.MISSING_SHMEM, Feature.MINOR_SHMEM)),),
+        (
+            ("releases that ask for minor faults, too", feature(Feature.MISSING_SHMEM, Feature.MINOR_SHMEM)),
+            ("no compaction by UFFDIO_MOVE", works("anon", "MOVE")),
+        ),
+    ),
+    Consumer(
+        "working-set-tracking",
+        "Working-set tracking (RWP)",
+        "kernel: Documentation/admin-guide/mm/userfaultfd.rst (Read-Write Protection), pagemap.rst (PAGE_IS_ACCESSED)",
+        (
+            door("syscall-user-mode-only", "syscall"),
+            feature(Feature.RWP, Feature.RWP_ASYNC),
+            pagemap_scan,
+            works("anon", "RWPROTECT"),
+            answers("scan-accessed", "tells it"),
+        ),
+        (
+            ("not of shared memory", works("shmem", "RWPROTECT")),
+            ("not of huge pages", works("hugetlb", "RWPROTECT")),
+        ),
     ),
 )

@@ -8,15 +8,17 @@ import os
 from collections.abc import Callable, Iterator
 from ctypes import addressof, c_uint64
 from dataclasses import dataclass
-from errno import EINVAL
+from errno import EAGAIN, EINVAL
 
 from uffd_selftests.abi import syscalls
 from uffd_selftests.abi.errors import KernelError, errno_name
 from uffd_selftests.abi.uapi import Feature, PageCategory, RegisterMode
-from uffd_selftests.mem_types import ANON, SHMEM, default_hugepage_size
+from uffd_selftests.mem_types import ANON, SHMEM, default_hugepage_size, pmd_size
+from uffd_selftests.probe.categories import CATEGORIES
 from uffd_selftests.probe.trials import WP_ASYNC, Stage, Trial
 from uffd_selftests.toolkit.expectations import Skip
 from uffd_selftests.toolkit.faulting import copy_held, unread_event
+from uffd_selftests.toolkit.files import stored_bytes
 from uffd_selftests.toolkit.handle import MINOR, MISSING, WP, Uffd
 from uffd_selftests.toolkit.memory import (
     MAP_ANONYMOUS,
@@ -257,6 +259,41 @@ def process_madvise_own(on: Stage) -> str:
     return f"drops them, with {handler.stats.remove} UFFD_EVENT_REMOVE"
 
 
+def shmem_huge(on: Stage) -> str:
+    """A write through the file makes a whole huge page present; who watches a mapping of it is not told of the rest."""
+    on.src.fill()
+    size = pmd_size()
+    if not size:
+        raise Skip("no transparent huge pages")
+    try:
+        root = syscalls.mount_nowhere("tmpfs", huge="always", size=str(2 * size))
+    except KernelError as error:
+        raise Skip(f"tmpfs of one's own, huge=always: {errno_name(error.errno or 0)}") from None
+    fd = os.open("file", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=root)
+    os.close(root)
+    os.ftruncate(fd, size)
+    os.pwrite(fd, b"\1", 0)
+    stored = stored_bytes(fd)
+    os.close(fd)
+    pages = stored // PAGE_SIZE
+    return f"makes {pages} pages present, of which nobody is told" if pages > 1 else "makes that page present"
+
+
+def eagain(on: Stage) -> str:
+    """It ends when the call behind the event is over, not when the event is read, and nothing is readable then."""
+    on.src.fill()
+    with unread_event(on.uffd, on.dst.range):
+        try:
+            on.resolve()
+        except UffdError as error:
+            if error.errno != EAGAIN:
+                raise
+        else:
+            return "succeeds meanwhile"
+    told = on.uffd.readable()
+    return f"EAGAIN until the call behind it is over; poll(2) {'tells' if told else 'does not tell'}"
+
+
 def _said(error: UffdError) -> str:
     """Return errno and output field of a request that was refused."""
     return str(error).rpartition("): ")[2]
@@ -349,5 +386,15 @@ QUESTIONS = (
         "process-madvise",
         "process_madvise(2) that drops pages of its own process",
         Trial("EVENT_REMOVE", process_madvise_own, features=Feature.EVENT_REMOVE),
+    ),
+    Question(
+        "eagain-ends",
+        "UFFDIO_COPY while an event is unread",
+        Trial("COPY", eagain, features=Feature.EVENT_REMOVE),
+    ),
+    Question("shmem-huge", "a byte written to a file of tmpfs with huge=always", Trial("MISSING_SHMEM", shmem_huge)),
+    *(
+        Question(key, f"PAGEMAP_SCAN for {category}", trial)
+        for key, category, trial in CATEGORIES
     ),
 )

@@ -128,7 +128,7 @@ class Report:
         for question in QUESTIONS:
             if outcome := self.findings.behaviour.get(question.key):
                 said = outcome.detail if outcome.works else f"cannot be asked: {outcome.errno or outcome.detail}"
-                yield f"{question.text:<60}{said}"
+                yield from wrapped(f"{question.text:<60}{said}", 2)
 
     def _memory_lines(self) -> Iterator[str]:
         facts = self.findings.facts
