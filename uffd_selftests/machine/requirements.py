@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from uffd_selftests.abi.uapi import Feature
 from uffd_selftests.machine.facts import AS_ROOT, DEVICE, THP, Facts
+from uffd_selftests.machine.swap import NO_SWAP
 
 
 def no_userfaultfd(facts: Facts) -> str | None:
@@ -73,7 +74,7 @@ def _user_mode_only_reason(facts: Facts) -> str | None:
 
 
 def _swap_reason(facts: Facts) -> str | None:
-    return None if facts.swap_total else "no swap space: swapon a file or a zram device"
+    return None if facts.swap_total else NO_SWAP
 
 
 def _thp_reason(facts: Facts) -> str | None:

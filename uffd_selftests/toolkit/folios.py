@@ -43,6 +43,8 @@ __all__ = [
     "AGAINST_WRITES",
     "AGAINST_ACCESS",
     "Protection",
+    "folio_settings",
+    "folios_of",
     "folios",
     "expect_sweep",
     "first_bytes",
@@ -90,30 +92,30 @@ AGAINST_ACCESS = Protection(RWP, WRITE_TRAPPED, READ_TRAPPED)
 # ---- folios --------------------------------------------------------------------------------------------------------
 
 
-def _setting(mem: MemType, size: int) -> Path:
-    """Return where transparent huge pages of a size are switched on; Skip where the kernel has none of that size."""
+def folio_settings(mem: MemType) -> dict[int, Path]:
+    """Return the sizes in bytes of the transparent huge pages that the kernel has, and where each is switched on.
+
+    A kernel without a setting for each size (before Linux 6.8, of shared memory 6.11) has that of a PMD alone.
+    """
     name = "shmem_enabled" if mem.shared else "enabled"
-    path = THP / f"hugepages-{size >> 10}kB" / name
-    if path.exists():
-        return path
-    if size == pmd_size():
-        return THP / name
-    raise Skip(f"no transparent huge pages of {size >> 10} kB ({path}: ENOENT; Linux 6.8, shared memory 6.11)")
+    found = {}
+    for path in THP.glob(f"hugepages-*kB/{name}"):
+        found[int(path.parent.name.removeprefix("hugepages-").removesuffix("kB")) << 10] = path
+    if not found and pmd_size():
+        found[pmd_size()] = THP / name
+    return found
 
 
-def folios(ctx: Context, variant: str, count: int = 2) -> Area:
-    """Map an area that so many folios of a size fill, written to the last byte; Skip where there are none.
+def folios_of(ctx: Context, size: int, count: int) -> Area:
+    """Map an area that so many folios of a size in bytes fill, written to the last byte; Skip where there are none.
 
     That each is one shows when the first write to it makes all of its pages present.
     """
-    if variant == "huge page":
-        return huge_area(ctx, count)
-    pages = int(variant.partition(" ")[0])
-    size = pages * PAGE_SIZE
-    if size >= pmd_size():
-        raise Skip(f"a folio of {variant} is as large as a huge page here, or there are none")
-    path = _setting(ctx.mem, size)
+    path = folio_settings(ctx.mem).get(size)
+    if not path:
+        raise Skip(f"no transparent huge pages of {size >> 10} kB (each size: Linux 6.8, shared memory 6.11)")
     value = "advise" if ctx.mem.shared else "madvise"
+    pages = size // PAGE_SIZE
     area = ctx.allocate(count * pages)
     advise(area.range, Advice.HUGEPAGE)
     with ExitStack() as stack:
@@ -126,6 +128,16 @@ def folios(ctx: Context, variant: str, count: int = 2) -> Area:
                 raise Skip(f"no transparent huge page of {size >> 10} kB to be had: {remedy}")
     area.fill()
     return area
+
+
+def folios(ctx: Context, variant: str) -> Area:
+    """Map an area that two folios of one of FOLIOS fill, written to the last byte; Skip where there are none."""
+    if variant == "huge page":
+        return huge_area(ctx, 2)
+    pages = int(variant.partition(" ")[0])
+    if pages * PAGE_SIZE >= pmd_size():
+        raise Skip(f"a folio of {variant} is as large as a huge page here, or there are none")
+    return folios_of(ctx, pages * PAGE_SIZE, 2)
 
 
 # ---- each page looked at -------------------------------------------------------------------------------------------
