@@ -10,56 +10,35 @@ from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
     AGAINST_ACCESS, AGAINST_WRITES, ANON, ASYNC, ASYNC_RWP, FOLIOS, MISSING, MOST, MOVE, NEW, PAGE_SIZE, PROT_NONE,
     PROT_READ, PROT_WRITE, RWP, SHMEM, SMALL_FOLIOS, SYNC_RWP, UNREGISTERED, WP, WRITEPROTECT, Advice, Area, Channel,
-    Child, Context, Feature, Forked, Pagemap, Protection, Skip, Waiter, advise, expect, expect_modes, expect_sweep,
-    first_bytes, folios, memory_nodes, migrate, page_numbers, page_of_fault, peek, poke, promise, protect, remap,
-    store_each, swap_out, touch, undisturbed,
+    Child, Context, Feature, Forked, MemType, Pagemap, Protection, Skip, Waiter, advise, expect, expect_modes,
+    expect_sweep, first_bytes, folios, memory_nodes, migrate, page_numbers, page_of_fault, peek, poke, promise, protect,
+    remap, store_each, swap_out, touch, undisturbed,
 )  # fmt: skip
 
 Scenario = Callable[[Context, str], None]
 
 
-def folio_cases(
+def folio_uffd_case(
     name: str,
-    *,
-    wp_rows: tuple[str, ...],
-    rwp_rows: tuple[str, ...],
-    wp: Feature = WRITEPROTECT,
-    rwp: Feature = SYNC_RWP,
-    event: Feature = Feature(0),
+    features: Feature,
+    *mem: MemType,
+    rows: tuple[str, ...],
+    variants: tuple[str, ...] = FOLIOS,
     needs: tuple[str, ...] = (),
-    shared: bool = True,
 ) -> Callable[[Scenario], Scenario]:
-    """Declare what happens to folios as a case of either protection; ``shared`` says whether to shared ones, too.
-
-    The cases are writeprotect-NAME, rwprotect-NAME, and for shared memory, whose huge pages have cases of their own
-    (rwprotect-thp-shared), rwprotect-NAME-shared.
-    """
+    """Declare what happens to folios as a case of this file; several stand one above the other."""
 
     def declare(scenario: Scenario) -> Scenario:
-        for case_name, mem, variants, features, rows in (
-            (f"writeprotect-{name}", (ANON, SHMEM) if shared else (ANON,), FOLIOS, wp, wp_rows),
-            (f"rwprotect-{name}", (ANON,), FOLIOS, rwp, rwp_rows),
-            (f"rwprotect-{name}-shared", (SHMEM,) if shared else (), SMALL_FOLIOS, rwp, rwp_rows),
-        ):
-            if not mem:
-                continue
+        @wraps(scenario)
+        def case(ctx: Context, variant: str) -> None:
+            scenario(ctx, variant)
 
-            @uffd_case(
-                case_name,
-                mem=mem,
-                variants=variants,
-                features=features | event,
-                needs=("thp", *needs),
-                pages=1,
-                rows=rows,
-                kind=Kind.DETAIL,
-            )
-            @wraps(scenario)
-            def case(ctx: Context, variant: str) -> None:
-                scenario(ctx, variant)
-
-            case.__name__ = "test_" + case_name.replace("-", "_")
-            globals()[case.__name__] = case
+        case.__name__ = "test_" + name.replace("-", "_")
+        needed = ("thp", *needs)
+        declared = uffd_case(
+            name, mem=mem, variants=variants, features=features, needs=needed, pages=1, rows=rows, kind=Kind.DETAIL
+        )
+        globals()[case.__name__] = declared(case)
         return scenario
 
     return declare
@@ -106,7 +85,9 @@ def some_pages(area: Area) -> list[int]:
     return sorted(chosen)
 
 
-@folio_cases("folio-parts", wp_rows=("WP-24", "WP-25"), rwp_rows=("RW-43", "RW-44"))
+@folio_uffd_case("writeprotect-folio-parts", WRITEPROTECT, ANON, SHMEM, rows=("WP-24", "WP-25"))
+@folio_uffd_case("rwprotect-folio-parts", SYNC_RWP, ANON, rows=("RW-43", "RW-44"))
+@folio_uffd_case("rwprotect-folio-parts-shared", SYNC_RWP, SHMEM, variants=SMALL_FOLIOS, rows=("RW-43", "RW-44"))
 def folio_parts(ctx: Context, variant: str) -> None:
     """Of folios protected in part exactly the pages named are protected, and trap.
 
@@ -135,7 +116,9 @@ def folio_parts(ctx: Context, variant: str) -> None:
     expect_bytes_kept(area, area)
 
 
-@folio_cases("folio-dontneed", wp_rows=("WP-15", "WP-24"), rwp_rows=("RW-28", "RW-44"))
+@folio_uffd_case("writeprotect-folio-dontneed", WRITEPROTECT, ANON, SHMEM, rows=("WP-15", "WP-24"))
+@folio_uffd_case("rwprotect-folio-dontneed", SYNC_RWP, ANON, rows=("RW-28", "RW-44"))
+@folio_uffd_case("rwprotect-folio-dontneed-shared", SYNC_RWP, SHMEM, variants=SMALL_FOLIOS, rows=("RW-28", "RW-44"))
 def folio_zapped(ctx: Context, variant: str) -> None:
     """Of folios protected in part pages that are dropped leave the others' protection as it is.
 
@@ -156,7 +139,11 @@ def folio_zapped(ctx: Context, variant: str) -> None:
     expect_bytes_kept(area, area, but=() if ctx.mem.shared else dropped)
 
 
-@folio_cases("folio-fork", wp_rows=("WP-18", "WP-33"), rwp_rows=("RW-17", "RW-44", "RW-52"))
+@folio_uffd_case("writeprotect-folio-fork", WRITEPROTECT, ANON, SHMEM, rows=("WP-18", "WP-33"))
+@folio_uffd_case("rwprotect-folio-fork", SYNC_RWP, ANON, rows=("RW-17", "RW-44", "RW-52"))
+@folio_uffd_case(
+    "rwprotect-folio-fork-shared", SYNC_RWP, SHMEM, variants=SMALL_FOLIOS, rows=("RW-17", "RW-44", "RW-52")
+)
 def folio_forked(ctx: Context, variant: str) -> None:
     """Of folios protected in part a child without a handle of its own is free, and its parent is not.
 
@@ -191,7 +178,15 @@ def folio_forked(ctx: Context, variant: str) -> None:
     uffd.expect_no_message()
 
 
-@folio_cases("folio-fork-event", wp_rows=("WP-19",), rwp_rows=("RW-44", "RW-53"), event=Feature.EVENT_FORK)
+@folio_uffd_case("writeprotect-folio-fork-event", WRITEPROTECT | Feature.EVENT_FORK, ANON, SHMEM, rows=("WP-19",))
+@folio_uffd_case("rwprotect-folio-fork-event", SYNC_RWP | Feature.EVENT_FORK, ANON, rows=("RW-44", "RW-53"))
+@folio_uffd_case(
+    "rwprotect-folio-fork-event-shared",
+    SYNC_RWP | Feature.EVENT_FORK,
+    SHMEM,
+    variants=SMALL_FOLIOS,
+    rows=("RW-44", "RW-53"),
+)
 def folio_forked_event(ctx: Context, variant: str) -> None:
     """Of folios protected in part a child with a handle of its own has its parent's protected pages.
 
@@ -222,7 +217,8 @@ def folio_forked_event(ctx: Context, variant: str) -> None:
     area.expect_pattern_of(area)
 
 
-@folio_cases("folio-swap", wp_rows=("WP-23", "WP-24"), rwp_rows=("RW-31", "RW-32"), needs=("swap",), shared=False)
+@folio_uffd_case("writeprotect-folio-swap", WRITEPROTECT, ANON, needs=("swap",), rows=("WP-23", "WP-24"))
+@folio_uffd_case("rwprotect-folio-swap", SYNC_RWP, ANON, needs=("swap",), rows=("RW-31", "RW-32"))
 def folio_swapped(ctx: Context, variant: str) -> None:
     """Of folios protected in part each page is in swap, and comes back, as it was."""
     area, guard = folios(ctx, variant), protection(ctx)
@@ -244,7 +240,9 @@ def folio_swapped(ctx: Context, variant: str) -> None:
     area.expect_pattern_of(area)
 
 
-@folio_cases("folio-mremap", wp_rows=("WP-24", "WP-27"), rwp_rows=("RW-44", "RW-56"))
+@folio_uffd_case("writeprotect-folio-mremap", WRITEPROTECT, ANON, SHMEM, rows=("WP-24", "WP-27"))
+@folio_uffd_case("rwprotect-folio-mremap", SYNC_RWP, ANON, rows=("RW-44", "RW-56"))
+@folio_uffd_case("rwprotect-folio-mremap-shared", SYNC_RWP, SHMEM, variants=SMALL_FOLIOS, rows=("RW-44", "RW-56"))
 def folio_remapped(ctx: Context, variant: str) -> None:
     """Of folios protected in part what mremap(2) moves, without its event, is free, and the rest is as it was."""
     area, guard = folios(ctx, variant), protection(ctx)
@@ -263,7 +261,17 @@ def folio_remapped(ctx: Context, variant: str) -> None:
     area.expect_pattern_of(area, 0, first)
 
 
-@folio_cases("folio-mremap-event", wp_rows=("WP-24", "WP-28"), rwp_rows=("RW-44", "RW-57"), event=Feature.EVENT_REMAP)
+@folio_uffd_case(
+    "writeprotect-folio-mremap-event", WRITEPROTECT | Feature.EVENT_REMAP, ANON, SHMEM, rows=("WP-24", "WP-28")
+)
+@folio_uffd_case("rwprotect-folio-mremap-event", SYNC_RWP | Feature.EVENT_REMAP, ANON, rows=("RW-44", "RW-57"))
+@folio_uffd_case(
+    "rwprotect-folio-mremap-event-shared",
+    SYNC_RWP | Feature.EVENT_REMAP,
+    SHMEM,
+    variants=SMALL_FOLIOS,
+    rows=("RW-44", "RW-57"),
+)
 def folio_remapped_event(ctx: Context, variant: str) -> None:
     """Of folios protected in part each page that mremap(2) moves, with its event, is as it was."""
     area, guard = folios(ctx, variant), protection(ctx)
@@ -280,7 +288,9 @@ def folio_remapped_event(ctx: Context, variant: str) -> None:
         Pagemap.expect_uffd_wp(area.page(page).start, page in pages, f"page {page}, left behind")
 
 
-@folio_cases("folio-mprotect", wp_rows=("WP-20", "WP-24"), rwp_rows=("RW-44", "RW-48"))
+@folio_uffd_case("writeprotect-folio-mprotect", WRITEPROTECT, ANON, SHMEM, rows=("WP-20", "WP-24"))
+@folio_uffd_case("rwprotect-folio-mprotect", SYNC_RWP, ANON, rows=("RW-44", "RW-48"))
+@folio_uffd_case("rwprotect-folio-mprotect-shared", SYNC_RWP, SHMEM, variants=SMALL_FOLIOS, rows=("RW-44", "RW-48"))
 def folio_mprotected(ctx: Context, variant: str) -> None:
     """Of folios protected in part each is as it was when mprotect(2) has taken access away and given it back."""
     area, guard = folios(ctx, variant), protection(ctx)
@@ -297,7 +307,11 @@ def folio_mprotected(ctx: Context, variant: str) -> None:
     area.expect_pattern_of(area)
 
 
-@folio_cases("folio-unregister", wp_rows=("UNR-13", "WP-24"), rwp_rows=("RW-44", "UNR-16", "UNR-17"))
+@folio_uffd_case("writeprotect-folio-unregister", WRITEPROTECT, ANON, SHMEM, rows=("UNR-13", "WP-24"))
+@folio_uffd_case("rwprotect-folio-unregister", SYNC_RWP, ANON, rows=("RW-44", "UNR-16", "UNR-17"))
+@folio_uffd_case(
+    "rwprotect-folio-unregister-shared", SYNC_RWP, SHMEM, variants=SMALL_FOLIOS, rows=("RW-44", "UNR-16", "UNR-17")
+)
 def folio_unregistered(ctx: Context, variant: str) -> None:
     """Of folios protected in part what is unregistered is free, and the rest is as it was."""
     area, guard = folios(ctx, variant), protection(ctx)
@@ -315,7 +329,16 @@ def folio_unregistered(ctx: Context, variant: str) -> None:
     area.expect_pattern_of(area)
 
 
-@folio_cases("folio-migrated", wp_rows=("WP-24",), rwp_rows=("RW-36", "RW-44"), needs=("cap_sys_admin",))
+@folio_uffd_case("writeprotect-folio-migrated", WRITEPROTECT, ANON, SHMEM, needs=("cap_sys_admin",), rows=("WP-24",))
+@folio_uffd_case("rwprotect-folio-migrated", SYNC_RWP, ANON, needs=("cap_sys_admin",), rows=("RW-36", "RW-44"))
+@folio_uffd_case(
+    "rwprotect-folio-migrated-shared",
+    SYNC_RWP,
+    SHMEM,
+    variants=SMALL_FOLIOS,
+    needs=("cap_sys_admin",),
+    rows=("RW-36", "RW-44"),
+)
 def folio_migrated(ctx: Context, variant: str) -> None:
     """Of folios protected in part each page is as it was in other memory."""
     area, guard = folios(ctx, variant), protection(ctx)
@@ -331,7 +354,9 @@ def folio_migrated(ctx: Context, variant: str) -> None:
         area.expect_pattern_of(area)
 
 
-@folio_cases("folio-async", wp_rows=("AS-01", "WP-24"), rwp_rows=("RW-77", "RW-80"), wp=ASYNC, rwp=ASYNC_RWP)
+@folio_uffd_case("writeprotect-folio-async", ASYNC, ANON, SHMEM, rows=("AS-01", "WP-24"))
+@folio_uffd_case("rwprotect-folio-async", ASYNC_RWP, ANON, rows=("RW-77", "RW-80"))
+@folio_uffd_case("rwprotect-folio-async-shared", ASYNC_RWP, SHMEM, variants=SMALL_FOLIOS, rows=("RW-77", "RW-80"))
 def folio_async(ctx: Context, variant: str) -> None:
     """Of folios protected in part, without anybody being told, an access that is caught frees just its page.
 
