@@ -22,6 +22,7 @@ from uffd_selftests.toolkit.access import *
 from uffd_selftests.toolkit.contents import *
 from uffd_selftests.toolkit.context import *
 from uffd_selftests.toolkit.coredump import *
+from uffd_selftests.toolkit.debuggers import *
 from uffd_selftests.toolkit.events import *
 from uffd_selftests.toolkit.expectations import *
 from uffd_selftests.toolkit.faulting import *

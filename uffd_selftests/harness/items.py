@@ -131,8 +131,8 @@ def _is_for_pytest(binding: tuple[str, object]) -> bool:
     return name.startswith(("setup", "teardown", "pytest")) or type(value).__module__.startswith("_pytest")
 
 
-DECLARED = re.compile(r'uffd_case\(\s*(?:"([^"\\]*)"|)')
-"""A case in the text of a file, with its name if that is a plain string."""
+DECLARED = re.compile(r'@\w*uffd_case\(\s*(?:"([^"\\]*)"|)')
+"""A case in the text of a file, with its name if that is a plain string; files may have decorators of their own."""
 TEST = re.compile(r"^(?:def|class) test", re.MULTILINE | re.IGNORECASE)
 
 

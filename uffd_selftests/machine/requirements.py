@@ -8,6 +8,7 @@ from collections.abc import Callable
 from uffd_selftests.abi.uapi import Feature
 from uffd_selftests.machine.doors import DEVICE
 from uffd_selftests.machine.facts import AS_ROOT, THP, Facts
+from uffd_selftests.machine.swap import NO_SWAP
 
 PROFILE = "allow userfaultfd in the container's profile"
 TOO_LARGE = 64 << 20
@@ -104,7 +105,7 @@ def _user_mode_only_reason(facts: Facts) -> str | None:
 
 
 def _swap_reason(facts: Facts) -> str | None:
-    return None if facts.swap_total else "no swap space: swapon a file or a zram device"
+    return None if facts.swap_total else NO_SWAP
 
 
 def _thp_reason(facts: Facts) -> str | None:

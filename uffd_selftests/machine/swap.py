@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 ZRAM = Path("/sys/class/zram-control")
 BLOCK = Path("/sys/block")
 SWAPS = Path("/proc/swaps")
+NO_SWAP = "no swap space: swapon a file or a zram device"
+"""Why what needs swap cannot run, and the remedy."""
 SWAP_SECONDS = 5.0
 """How long to wait for others who have memory in swap."""
 FIRST = 32767

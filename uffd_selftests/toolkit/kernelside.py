@@ -21,19 +21,24 @@ from uffd_selftests.abi.errors import KernelError
 from uffd_selftests.abi.uapi import PagefaultFlag
 from uffd_selftests.machine.swap import Swap
 from uffd_selftests.mem_types import Area
-from uffd_selftests.toolkit.access import peek
-from uffd_selftests.toolkit.expectations import Skip, expect
+from uffd_selftests.toolkit.access import peek, poke
+from uffd_selftests.toolkit.context import Context
+from uffd_selftests.toolkit.expectations import Skip, expect, promise
 from uffd_selftests.toolkit.faulting import faulting, undisturbed
-from uffd_selftests.toolkit.handle import Uffd
+from uffd_selftests.toolkit.folios import Protection
+from uffd_selftests.toolkit.handle import KERNEL_FAULTS, Uffd
 from uffd_selftests.toolkit.iouring import IORING_OP_READ, IORING_OP_WRITE, IOSQE_ASYNC, IoUring
 from uffd_selftests.toolkit.memory import PAGE_SIZE, Range
+from uffd_selftests.toolkit.pagemap import Pagemap
 
 __all__ = [
     "KernelAccess",
     "KERNEL_ACCESSES",
     "FUTEX_CHANGE",
+    "prepared",
     "expect_told",
     "expect_untold",
+    "expect_calls_trapped",
     "direct_disk",
     "direct_accesses",
 ]
@@ -287,6 +292,15 @@ def direct_accesses(fd: int) -> tuple[KernelAccess, ...]:
     )
 
 
+@contextmanager
+def prepared(access: KernelAccess, address: int) -> Iterator[bytes]:
+    """Have at an address what an access wants there; the block gets what was there, which is put back after it."""
+    before = peek(address, access.length)
+    poke(address, access.wants or before)
+    yield before
+    poke(address, before)
+
+
 def expect_told(
     uffd: Uffd,
     area: Area,
@@ -327,3 +341,33 @@ def _expect_done(access: KernelAccess, address: int, read: object) -> None:
         expect(peek(address, len(access.stores)), access.stores, "what the call wrote")
     if not access.writes:
         expect(read, peek(address, access.length), "what the call read")
+
+
+def expect_calls_trapped(row: str, ctx: Context, area: Area, guard: Protection, *accesses: KernelAccess) -> None:
+    """Assert that each access to pages 1 and 2 of an area that is protected as a whole waits at just these pages.
+
+    Each keeps its protection until it is un-protected itself, and the others keep theirs. What the protection is not
+    against goes through.
+    """
+    with Uffd.open(ctx.features, KERNEL_FAULTS) as uffd:
+        area.fill()
+        uffd.register(area.range, guard.mode)
+        for access in accesses:
+            for pages in access.pages(1, 2):
+                with promise(row, f"{access.name} at {pages}"), prepared(access, access.address(area, *pages)):
+                    left = set(range(area.nr_pages))
+                    guard.set(uffd, area, left)
+
+                    def serve(page: int, uffd: Uffd = uffd, left: set[int] = left) -> None:
+                        Pagemap.expect_protected(area, left, "while the call waits")
+                        guard.lift(uffd, area, (page,))
+                        left.discard(page)
+
+                    flags = guard.trapped_write if access.writes else guard.trapped_read
+                    if flags is None:
+                        expect_untold(uffd, area, access, pages)
+                    else:
+                        expect_told(uffd, area, access, pages, flags, serve=serve)
+                    Pagemap.expect_protected(area, left, "after the call")
+                    guard.lift(uffd, area, range(area.nr_pages))
+        undisturbed(uffd, partial(area.expect_pattern_of, area))

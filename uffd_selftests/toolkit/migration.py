@@ -19,7 +19,7 @@ from uffd_selftests.toolkit.memory import Advice, advise
 from uffd_selftests.toolkit.pagemap import Pagemap
 from uffd_selftests.toolkit.processes import Child
 
-__all__ = ["memory_nodes", "frames", "migrate"]
+__all__ = ["memory_nodes", "two_memory_nodes", "frames", "migrate"]
 
 MPOL_MF_MOVE = 2  # include/uapi/linux/mempolicy.h
 _NODES = Path("/sys/devices/system/node")
@@ -33,6 +33,14 @@ def memory_nodes() -> list[int]:
         if int(total):
             nodes.append(int(path.parent.name.removeprefix("node")))
     return sorted(nodes)
+
+
+def two_memory_nodes() -> list[int]:
+    """Return two nodes between which pages can be moved; Skip where there is only one."""
+    nodes = memory_nodes()
+    if len(nodes) < 2:
+        raise Skip("one memory node only: boot with numa=fake=2, or run on a machine with several")
+    return nodes[:2]
 
 
 def frames(area: Area, *pages: int) -> list[int]:
@@ -50,12 +58,10 @@ def migrate(area: Area, *pages: int) -> Iterator[None]:
     """
     before = frames(area, *pages)
     with ExitStack() as stack:
-        nodes = memory_nodes()
-        if len(nodes) > 1:
+        if area.mem.hugetlb or len(memory_nodes()) > 1:
+            nodes = two_memory_nodes()
             for page in pages:
                 _to_other_node(area, page, nodes)
-        elif area.mem.hugetlb:
-            raise Skip("one memory node only: boot with numa=fake=2, or run on a machine with several")
         else:
             for page in pages:
                 stack.enter_context(declared_sound(area.page(page)))

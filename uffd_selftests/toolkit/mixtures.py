@@ -14,14 +14,15 @@ from uffd_selftests.toolkit.contents import expect_bytes
 from uffd_selftests.toolkit.context import Context
 from uffd_selftests.toolkit.expectations import Skip, expect
 from uffd_selftests.toolkit.faulting import expect_trapped, undisturbed
+from uffd_selftests.toolkit.folios import Protection
 from uffd_selftests.toolkit.handle import RWP, WP, Uffd
-from uffd_selftests.toolkit.memory import PAGE_SIZE, Advice, Range, advise, keep_small
+from uffd_selftests.toolkit.memory import PAGE_SIZE, TABLE_BYTES, Advice, Range, advise, keep_small
 from uffd_selftests.toolkit.pagemap import Pagemap
 from uffd_selftests.toolkit.rwp import expect_rwp_trapped
 from uffd_selftests.toolkit.smaps import pmd_mapped
 from uffd_selftests.toolkit.swap import swap_out
 
-__all__ = ["MIXED", "Mixture", "mixture", "HugeMixture", "huge_mixture"]
+__all__ = ["MIXED", "Mixture", "mixture", "HugeMixture", "huge_mixture", "two_tables"]
 
 MIXED = 9
 """Pages of a mixture."""
@@ -207,3 +208,19 @@ def huge_mixture(
     protect(area.page(mix.cut[0], len(mix.cut)))
     mix.expect_marks("at the beginning")
     return mix
+
+
+def two_tables(ctx: Context, guard: Protection) -> tuple[Area, list[int]]:
+    """Map an area as large as what two page tables map, registered, with a page here and there; return which pages.
+
+    They are at both ends of each table and between. Every second of them is protected, from the first on.
+    """
+    count = TABLE_BYTES // PAGE_SIZE
+    area = ctx.allocate(2 * count)
+    keep_small(area.range)
+    pages = sorted({0, 1, 2, 7, count // 2, count - 2, count - 1, count, count + 1, 2 * count - 2, 2 * count - 1})
+    for page in pages:
+        area.fill(page, 1)
+    ctx.uffd.register(area.range, guard.mode)
+    guard.set(ctx.uffd, area, pages[::2])
+    return area, pages

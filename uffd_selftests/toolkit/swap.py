@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from uffd_selftests.abi import uapi
-from uffd_selftests.machine.swap import Swap, keep_swap
+from uffd_selftests.machine.swap import NO_SWAP, Swap, keep_swap
 from uffd_selftests.toolkit.access import poke, touch
 from uffd_selftests.toolkit.expectations import DEADLINE, Skip
 from uffd_selftests.toolkit.memory import MAP_ANONYMOUS, MAP_PRIVATE, PAGE_SIZE, Advice, Range, advise, mapped
@@ -25,7 +25,7 @@ def page_out(where: Range, gone: Callable[[], bool]) -> None:
     """
     keep_swap()
     if not _swap_space():
-        raise Skip("no swap space: swapon a file or a zram device")
+        raise Skip(NO_SWAP)
     if _paged_out(where, gone):
         return
     with mapped(PAGE_SIZE, flags=MAP_PRIVATE | MAP_ANONYMOUS) as other:

@@ -14,7 +14,7 @@ from uffd_selftests.common import (
     ALL, ANON, ASYNC_RWP, CACHED, HUGETLB_PRIVATE, MINOR, MINOR_FAULTS, MISSING, NEW, PAGE_SIZE, PRIVATE, RWP, SHARED,
     SHMEM_PRIVATE, WRITE, Advice, Area, Channel, Child, Context, Feature, Pagemap, RwprotectMode, advise, expect,
     faulting, fixed_buffer, huge_area, mend, peek, pmd_mapped, poke, promise, rwp_filled, rwp_protected, signals,
-    swap_out, syscalls, touch, uapi, undisturbed,
+    swap_out, syscalls, through_proc, touch, uapi, undisturbed,
 )  # fmt: skip
 
 
@@ -60,18 +60,6 @@ def test_async_rwp_touch(ctx: Context) -> None:
 # ---- the kernel's own accesses -------------------------------------------------------------------------------------
 
 
-def through_mem(address: int, data: bytes | None) -> bytes:
-    """Read as many bytes as NEW through /proc/self/mem, or write these."""
-    fd = os.open("/proc/self/mem", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        if data is None:
-            return os.pread(fd, len(NEW), address)
-        os.pwrite(fd, data, address)
-        return data
-    finally:
-        os.close(fd)
-
-
 def spliced(address: int) -> bytes:
     """Give the bytes to a pipe by vmsplice(2), which takes the page itself, and read them there."""
     reader, writer = os.pipe()
@@ -106,16 +94,16 @@ def vm_write(address: int, data: bytes) -> bytes:
     return data
 
 
-KERNEL_READS: dict[str, Callable[[int], bytes]] = {
+KERNEL_READS: dict[str, Callable[[int], object]] = {
     "write(2)": lambda address: piped(address, None),
     "process_vm_readv(2)": lambda address: syscalls.process_vm_readv(os.getpid(), address, len(NEW)),
-    "/proc/self/mem": lambda address: through_mem(address, None),
+    "/proc/self/mem": lambda address: through_proc("self", address, len(NEW)),
     "vmsplice(2)": spliced,
 }
-KERNEL_WRITES: dict[str, Callable[[int, bytes], bytes]] = {
+KERNEL_WRITES: dict[str, Callable[[int, bytes], object]] = {
     "read(2)": piped,
     "process_vm_writev(2)": vm_write,
-    "/proc/self/mem": through_mem,
+    "/proc/self/mem": lambda address, data: through_proc("self", address, 0, data),
 }
 
 

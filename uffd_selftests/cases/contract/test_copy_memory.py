@@ -18,7 +18,7 @@ from uffd_selftests.common import (
     SHMEM, SHMEM_PRIVATE, WP, Advice, Context, Feature, KernelError, Pagemap, Range, Skip, Uffd, UffdError, advise,
     default_hugepage_size, errno_name, expect, expect_bytes, expect_failed, expect_one_of, expect_same, faulting,
     free_bytes, huge_area, limited_file, mapped, mended, page_out, peek, pmd_mapped, poke, promise, protect, refuses,
-    require_soft_dirty, resident, saw, smaps_bytes, stored_bytes, swap_out, touch, touch_trapped, undisturbed,
+    require_soft_dirty, saw, smaps_bytes, stored_bytes, swap_out, touch, touch_trapped, undisturbed,
 )  # fmt: skip
 
 HUGEPAGE = default_hugepage_size()
@@ -107,31 +107,6 @@ def test_copy_page_kind(ctx: Context) -> None:
     ctx.uffd.copy(ctx.dst.start, ctx.src.start, ctx.page_size)
     bits = Pagemap.entry(ctx.dst.start) & (PM_PRESENT | PM_FILE | PM_MMAP_EXCLUSIVE)
     expect(hex(bits), hex(PM_PRESENT | PM_MMAP_EXCLUSIVE | (PM_FILE if ctx.mem.shared else 0)), "pagemap bits")
-
-
-@uffd_case("copy-counted", mem=NOT_HUGETLB, pages=2048, rows=("CP-01",), kind=Kind.DETAIL)
-def test_copy_counted(ctx: Context) -> None:
-    """Copied pages count as memory of the process, of the file's kind in shared memory and anonymous elsewhere."""
-    field = "RssShmem" if ctx.mem.shared else "RssAnon"
-    blur = 2 * max(32, 2 * (os.cpu_count() or 1))  # pages that the kernel may count on a CPU before it tells
-    ctx.src.fill()
-    ctx.uffd.register(ctx.dst.range, MISSING)
-    before = resident(field)
-    ctx.uffd.copy(ctx.dst.start, ctx.src.start, ctx.dst.range.len)
-    grown = resident(field) - before
-    expect(grown > ctx.nr_pages - blur, True, f"{field} grown by {grown} pages, {ctx.nr_pages} copied, as")
-
-
-@uffd_case("copy-counted-hugetlb", mem=(HUGETLB, HUGETLB_PRIVATE), pages=2, rows=("CP-01",), kind=Kind.DETAIL)
-def test_copy_counted_hugetlb(ctx: Context) -> None:
-    """A copied huge page counts among the process's huge pages, until it is unmapped."""
-    ctx.src.fill()
-    ctx.uffd.register(ctx.dst.range, MISSING)
-    before = resident("HugetlbPages")
-    ctx.uffd.copy(ctx.dst.start, ctx.src.start, ctx.dst.range.len)
-    expect(resident("HugetlbPages") - before, ctx.dst.range.len // PAGE_SIZE, "base pages by which HugetlbPages grew")
-    advise(ctx.dst.page(0), Advice.DONTNEED)
-    expect(resident("HugetlbPages") - before, HUGEPAGE // PAGE_SIZE, "the same without page 0")
 
 
 @uffd_case("copy-soft-dirty", mem=NOT_HUGETLB, pages=2, rows=("CP-01",), kind=Kind.DETAIL)

@@ -162,6 +162,16 @@ def expect_repeated(on: Stand) -> None:
     expect_same(on.ctx.src.start, on.target.start, on.target.len, "the page filled by the repetition")
 
 
+def expect_done_or_repeated(
+    on: Stand, change: Callable[[], object], what: str, now: tuple[int, ...], before: tuple[int, ...] = ()
+) -> None:
+    """Copy while a change is made; assert the answer, and that the copy works when made again if it was refused."""
+    answer = copy_while(on, change)
+    expect_answer(on, answer, what, now, before)
+    if answer:
+        expect_repeated(on)
+
+
 # ---- what does not concern the page --------------------------------------------------------------------------------
 
 
@@ -220,10 +230,7 @@ def test_copy_retry_cut_before(ctx: Context) -> None:
     }
     for what, change in changes.items():
         with promise("CP-52", what), stand(ctx) as on:
-            answer = copy_while(on, partial(change, on))
-            expect_answer(on, answer, what, WHEREVER)
-            if answer:
-                expect_repeated(on)
+            expect_done_or_repeated(on, partial(change, on), what, WHEREVER)
 
 
 # ---- another mapping at its place ----------------------------------------------------------------------------------
@@ -250,10 +257,9 @@ def test_copy_retry_other_kind(ctx: Context) -> None:
         for where in ("the page", "the whole"):
             with promise("CP-34", f"{mem} memory in place of {where}"), stand(ctx) as on:
                 place = on.target if where == "the page" else on.area.range
-                answer = copy_while(on, partial(on.put, mem, place))
-                expect_answer(on, answer, "the copy", (ENOENT,) if ctx.mem.hugetlb else AGAIN, (DONE,))
-                if answer:
-                    expect_repeated(on)
+                expect_done_or_repeated(
+                    on, partial(on.put, mem, place), "the copy", (ENOENT,) if ctx.mem.hugetlb else AGAIN, (DONE,)
+                )
 
 
 @uffd_case(
@@ -283,10 +289,7 @@ def test_copy_retry_other_file(ctx: Context) -> None:
     }
     for what, change in changes.items():
         with promise("CP-34", what), stand(ctx) as on:
-            answer = copy_while(on, partial(change, on))
-            expect_answer(on, answer, what, WHEREVER if ctx.mem.hugetlb else AGAIN, (DONE,))
-            if answer:
-                expect_repeated(on)
+            expect_done_or_repeated(on, partial(change, on), what, WHEREVER if ctx.mem.hugetlb else AGAIN, (DONE,))
 
 
 SAME_OFFSET = Defect(
@@ -344,10 +347,7 @@ def test_copy_retry_same_again(ctx: Context) -> None:
     }
     for what, change in changes.items():
         with promise("CP-34", what), stand(ctx) as on:
-            answer = copy_while(on, partial(change, on))
-            expect_answer(on, answer, what, WHEREVER)
-            if answer:
-                expect_repeated(on)
+            expect_done_or_repeated(on, partial(change, on), what, WHEREVER)
 
 
 @uffd_case(

@@ -13,10 +13,10 @@ from functools import partial
 
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, CACHED, KERNEL_ACCESSES, KERNEL_FAULTS, MINOR, MINOR_FAULTS, MISSING, PAGE_SIZE, RWP, SHARED, TRAPPED,
-    WP, WRITE, WRITEPROTECT, WRITE_TRAPPED, Advice, Area, Context, Fault, Feature, KernelAccess, KernelError,
-    PagefaultFlag, Pagemap, Range, Skip, Uffd, Waiter, advise, cached, direct_accesses, direct_disk, eventually, expect,
-    expect_told, expect_untold, handled, huge_area, peek, poke, promise, syscalls,
+    AGAINST_WRITES, ALL, ANON, CACHED, KERNEL_ACCESSES, KERNEL_FAULTS, MINOR, MINOR_FAULTS, MISSING, PAGE_SIZE, RWP,
+    SHARED, TRAPPED, WP, WRITE, WRITEPROTECT, WRITE_TRAPPED, Advice, Area, Context, Fault, Feature, KernelAccess,
+    KernelError, PagefaultFlag, Pagemap, Range, Skip, Uffd, Waiter, advise, cached, direct_accesses, direct_disk,
+    eventually, expect, expect_calls_trapped, expect_told, handled, huge_area, poke, prepared, promise, syscalls,
 )  # fmt: skip
 
 KINDS = tuple(KERNEL_ACCESSES)
@@ -32,11 +32,6 @@ def accesses(kind: str) -> list[KernelAccess]:
     """The accesses of a kind that can wait here: before Linux 6.3 a long-term pin failed at once, with EFAULT."""
     waits = Feature.WP_UNPOPULATED in offered()  # not used, but hardly younger
     return [each for each in KERNEL_ACCESSES[kind] if waits or each.name != "IORING_REGISTER_BUFFERS"]
-
-
-def served(request: Callable[[Range], object], area: Area, page: int) -> None:
-    """Make a request on one page of an area."""
-    request(area.page(page))
 
 
 @uffd_case("faults-calls", mem=ALL, variants=KINDS, needs=("kernel_faults",), pages=4, rows=("FL-11", "PR-05"))
@@ -67,13 +62,10 @@ def missing(ctx: Context, *calls: KernelAccess) -> None:
         for access in calls:
             for pages in access.pages(1, 2):
                 with promise("FL-11", f"{access.name} at {pages}"):
-                    source = access.address(ctx.src, *pages)
-                    before = peek(source, access.length)
-                    poke(source, access.wants or before)
-                    flags = WRITE if access.writes else PagefaultFlag(0)
-                    expect_told(uffd, ctx.dst, access, pages, flags, serve=copied)
-                    Pagemap.expect_present(ctx.dst, *pages)
-                    poke(source, before)
+                    with prepared(access, access.address(ctx.src, *pages)) as before:
+                        flags = WRITE if access.writes else PagefaultFlag(0)
+                        expect_told(uffd, ctx.dst, access, pages, flags, serve=copied)
+                        Pagemap.expect_present(ctx.dst, *pages)
                     poke(access.address(ctx.dst, *pages), before)
                     ctx.dst.expect_pattern_of(ctx.src, pages[0], len(pages))
                     empty(ctx.dst)
@@ -90,7 +82,7 @@ def missing(ctx: Context, *calls: KernelAccess) -> None:
 )
 def test_faults_calls_wp(ctx: Context, variant: str) -> None:
     """A system call that writes to a protected page waits until that is un-protected; one that reads it does not."""
-    protected(ctx, ctx.dst, *accesses(variant))
+    expect_calls_trapped("FL-11", ctx, ctx.dst, AGAINST_WRITES, *accesses(variant))
 
 
 @uffd_case(
@@ -106,32 +98,7 @@ def test_faults_calls_wp(ctx: Context, variant: str) -> None:
 def test_faults_calls_wp_thp(ctx: Context, variant: str) -> None:
     """The same in a transparent huge page, of which a base page is un-protected and the others stay protected."""
     for access in accesses(variant):
-        protected(ctx, huge_area(ctx), access)
-
-
-def protected(ctx: Context, area: Area, *calls: KernelAccess) -> None:
-    """Make accesses to pages 1 and 2 of an area, which is write-protected as a whole."""
-    everything = set(range(area.nr_pages))
-    area.fill()
-    with Uffd.open(ctx.features, KERNEL_FAULTS) as uffd:
-        uffd.register(area.range, WP)
-        for access in calls:
-            for pages in access.pages(1, 2):
-                with promise("FL-11", f"{access.name} at {pages}"):
-                    address = access.address(area, *pages)
-                    before = peek(address, access.length)
-                    poke(address, access.wants or before)
-                    uffd.writeprotect(area.range)
-                    if access.writes:
-                        serve = partial(served, uffd.unprotect, area)
-                        expect_told(uffd, area, access, pages, TRAPPED, serve=serve)
-                    else:
-                        expect_untold(uffd, area, access, pages)
-                    freed = set(pages) if access.writes else set()
-                    Pagemap.expect_protected(area, everything - freed, "after the call")
-                    uffd.unprotect(area.range)
-                    poke(address, before)
-        area.expect_pattern_of(area)
+        expect_calls_trapped("FL-11", ctx, huge_area(ctx), AGAINST_WRITES, access)
 
 
 @uffd_case(
@@ -151,17 +118,12 @@ def test_faults_calls_minor(ctx: Context, variant: str) -> None:
         uffd.register(area.range, MINOR)
         for access in accesses(variant):
             for pages in access.pages(1, 2):
-                with promise("FL-11", f"{access.name} at {pages}"):
-                    address = access.address(area, *pages)
-                    behind = view.start + address - area.start
-                    before = peek(behind, access.length)
-                    poke(behind, access.wants or before)
+                behind = view.start + access.address(area, *pages) - area.start
+                with promise("FL-11", f"{access.name} at {pages}"), prepared(access, behind):
                     flags = CACHED | WRITE if access.writes else CACHED
-                    serve = partial(served, uffd.continue_, area)
-                    expect_told(uffd, area, access, pages, flags, serve=serve)
+                    expect_told(uffd, area, access, pages, flags, serve=lambda page: uffd.continue_(area.page(page)))
                     Pagemap.expect_present(area, *pages)
-                    poke(behind, before)
-                    advise(area.range, Advice.DONTNEED)
+                advise(area.range, Advice.DONTNEED)
         area.expect_pattern(view)
 
 
@@ -179,7 +141,7 @@ def test_faults_calls_direct(ctx: Context) -> None:
     with direct_disk() as disk:
         calls = direct_accesses(disk)
         missing(ctx, *calls)
-        protected(ctx, ctx.dst, *calls)
+        expect_calls_trapped("FL-11", ctx, ctx.dst, AGAINST_WRITES, *calls)
 
 
 FRAME_PAGES = 32

@@ -7,10 +7,10 @@ from functools import partial
 
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    ANON, ASYNC_RWP, MISSING, MOVE, PAGE_SIZE, PM_SWAP, READ_TRAPPED, RWP, SYNC_RWP, TABLE_BYTES, WRITE_TRAPPED,
-    Advice, Area, Context, Pagemap, Range, RegisterMode, Skip, advise, expect, expect_bytes, expect_rwp_free,
-    expect_rwp_trapped, faulting, huge_area, huge_mixture, keep_small, peek, pmd_mapped, pmd_size, promise,
-    rwp_trapped, swap_out, uapi, undisturbed,
+    ANON, ASYNC_RWP, MISSING, MOVE, PAGE_SIZE, PM_SWAP, READ_TRAPPED, RWP, SYNC_RWP, TABLE_BYTES, WRITE_TRAPPED, Advice,
+    Area, Context, Pagemap, Range, RegisterMode, Skip, advise, expect, expect_bytes, expect_rwp_free,
+    expect_rwp_trapped, faulting, huge_area, huge_mixture, keep_small, peek, pmd_mapped, pmd_size, promise, rwp_trapped,
+    swap_out, uapi, undisturbed,
 )  # fmt: skip
 
 INTO = MISSING | RWP
@@ -27,14 +27,15 @@ def destination(ctx: Context, pages: int, mode: RegisterMode = INTO, *, huge: bo
     return area
 
 
-def small_source(ctx: Context) -> Area:
-    """Return five pages, not registered: two with a pattern, one of zeroes, one in swap, one that is not."""
+def small_source(ctx: Context, *, swapped: bool = True) -> Area:
+    """Return five pages, not registered: two with a pattern, one of zeroes, one in swap if wanted, one that is not."""
     area = ctx.src
     keep_small(area.range)
     for page in (0, 1, 3, 4):
         area.fill(page, 1)
     peek(area.page(2).start)
-    swap_out(area.page(3))
+    if swapped:
+        swap_out(area.page(3))
     return area
 
 
@@ -167,11 +168,7 @@ def huge_zero_page(ctx: Context) -> Area:
 @uffd_case("move-out-of-rwp", mem=(ANON,), features=MOVE | SYNC_RWP, pages=5, rows=("MV-30",), kind=Kind.DETAIL)
 def test_move_out_of_rwp(ctx: Context) -> None:
     """A protected page, or zero page, that moves to where nothing is protected is free there; all others stay."""
-    src, dst = ctx.src, destination(ctx, 5, MISSING)
-    keep_small(src.range)
-    for page in (0, 1, 3, 4):
-        src.fill(page, 1)
-    peek(src.page(2).start)
+    src, dst = small_source(ctx, swapped=False), destination(ctx, 5, MISSING)
     ctx.uffd.register(src.range, RWP)
     ctx.uffd.rwprotect(src.page(0, 4))
     ctx.uffd.move(dst.page(1).start, src.page(1).start, 2 * PAGE_SIZE)
@@ -215,6 +212,18 @@ def test_move_out_of_rwp_huge(ctx: Context) -> None:
     expect_rwp_trapped(ctx.uffd, src, 2 * n + 4, 2 * n + 8)
 
 
+def move_swapped(ctx: Context, protected: Range) -> tuple[Area, Area]:
+    """Move three of four pages in swap, some protected, to where nothing is; return the source and the destination."""
+    src, dst = ctx.src, destination(ctx, 4, MISSING)
+    keep_small(src.range)
+    src.fill()
+    ctx.uffd.register(src.range, RWP)
+    ctx.uffd.rwprotect(protected)
+    swap_out(src.range)
+    ctx.uffd.move(dst.start, src.start, 3 * PAGE_SIZE)
+    return src, dst
+
+
 SWAPPED = Defect(
     id="D-MV-31",
     summary="UFFDIO_MOVE of a read-write-protected page in swap takes the mark into a range not registered for it: who "
@@ -236,13 +245,7 @@ SWAPPED = Defect(
 )
 def test_move_out_of_rwp_swapped(ctx: Context) -> None:
     """Protection of a page in swap does not come along to a range that is not registered for it."""
-    src, dst = ctx.src, destination(ctx, 4, MISSING)
-    keep_small(src.range)
-    src.fill()
-    ctx.uffd.register(src.range, RWP)
-    ctx.uffd.rwprotect(src.page(1))
-    swap_out(src.range)
-    ctx.uffd.move(dst.start, src.start, 3 * PAGE_SIZE)
+    _, dst = move_swapped(ctx, ctx.src.page(1))
     with promise("MV-31"):
         Pagemap.expect_protected(dst, (), "after UFFDIO_MOVE")
 
@@ -258,13 +261,7 @@ def test_move_out_of_rwp_swapped(ctx: Context) -> None:
 )
 def test_move_out_of_rwp_swapped_bytes(ctx: Context) -> None:
     """Protected pages in swap that are moved to where nothing is protected have their bytes there, and stop nobody."""
-    src, dst = ctx.src, destination(ctx, 4, MISSING)
-    keep_small(src.range)
-    src.fill()
-    ctx.uffd.register(src.range, RWP)
-    ctx.uffd.rwprotect(src.page(1, 2))
-    swap_out(src.range)
-    ctx.uffd.move(dst.start, src.start, 3 * PAGE_SIZE)
+    src, dst = move_swapped(ctx, ctx.src.page(1, 2))
     undisturbed(ctx.uffd, lambda: src.pattern.verify(dst.start, 0, 3, write_back=True))
     expect_rwp_free(ctx.uffd, dst, 0, 1, 2)
     Pagemap.expect_protected(src, (), "at the source after UFFDIO_MOVE")

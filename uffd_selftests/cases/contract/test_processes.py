@@ -6,27 +6,21 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from ctypes import Structure, addressof, create_string_buffer
+from ctypes import Structure, addressof
 from errno import EINVAL, ENOMEM, ESRCH
 from functools import partial
 
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, HUGETLB, MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MINOR_FAULTS, MISSING, NOT_HUGETLB, SHMEM, UNREGISTERED,
-    UNTOUCHED, USER_MODE_ONLY, WP, WRITE, Advice, Channel, Child, Context, Feature, IoUring, KernelError, MemType,
+    ALL, ANON, HUGETLB, KERNEL_FAULTS, MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MINOR_FAULTS, MISSING, NOT_HUGETLB, SHMEM,
+    UNREGISTERED, UNTOUCHED, USER_MODE_ONLY, WP, WRITE, Advice, Channel, Child, Context, Feature, IoUring, MemType,
     PagefaultFlag, Range, Skip, Uffd, UffdError, Waiter, advise, errno_name, eventually, expect, expect_bytes,
     expect_modes, expect_served, faulting, knows_advice, map_memory, monitored, orphaned, outcome, peek, poke, promise,
-    refuses, syscalls, touch, uapi, undisturbed, unmap,
+    refuses, syscalls, through_proc, through_ptrace, touch, uapi, undisturbed, unmap,
 )  # fmt: skip
-
-WITH_KERNEL_FAULTS = os.O_CLOEXEC | os.O_NONBLOCK
-"""Flags of a handle that serves the kernel's own faults too."""
 
 MCL_CURRENT = 1
 MLOCK_ONFAULT = 1
-PTRACE_PEEKDATA, PTRACE_POKEDATA, PTRACE_DETACH = 2, 5, 17
-PTRACE_SEIZE, PTRACE_INTERRUPT = 0x4206, 0x4207
-WALL = 0x4000_0000
 
 
 # ---- a handle passed on --------------------------------------------------------------------------------------------
@@ -266,7 +260,7 @@ def expect_waits(ctx: Context, uffd: Uffd, page: Range, flags: PagefaultFlag, ca
 @uffd_case("process-kernel-users", mem=ALL, needs=("kernel_faults",), pages=5, rows=("PR-05",), kind=Kind.DETAIL)
 def test_process_kernel_users(ctx: Context) -> None:
     """Calls that reach for missing pages in the kernel are announced, sleep until they are filled, and succeed then."""
-    with Uffd.open(flags=WITH_KERNEL_FAULTS) as uffd:
+    with Uffd.open(flags=KERNEL_FAULTS) as uffd:
         uffd.register(ctx.dst.range, MISSING)
         for number, (name, flags, call) in enumerate(kernel_users(ctx.mem)):
             page = ctx.dst.page(number)
@@ -295,7 +289,7 @@ def test_process_long_term_pin(ctx: Context) -> None:
     Before Linux 6.3 it failed at once, with EFAULT (mm/gup.c, __gup_longterm_locked).
     """
     page = ctx.dst.page(0)
-    with Uffd.open(flags=WITH_KERNEL_FAULTS) as uffd, IoUring() as ring:
+    with Uffd.open(flags=KERNEL_FAULTS) as uffd, IoUring() as ring:
         uffd.register(page, MISSING)
         expect_waits(ctx, uffd, page, WRITE, lambda: ring.register_buffer(page))
         ring.unregister_buffer()
@@ -310,7 +304,7 @@ def test_process_mlockall(ctx: Context) -> None:
         syscalls.call("munlockall")
         channel.send(result)
 
-    with monitored(ctx.dst.range, MISSING, life, flags=WITH_KERNEL_FAULTS) as (child, uffd):
+    with monitored(ctx.dst.range, MISSING, life, flags=KERNEL_FAULTS) as (child, uffd):
         eventually(lambda: child.ended or uffd.readable(), "a fault or the end of the process")
         if child.ended and child.receive() in ("ENOMEM", "EPERM"):
             raise Skip("mlockall(2): raise RLIMIT_MEMLOCK (ulimit -l)")
@@ -329,33 +323,6 @@ DEBUGGER = Defect(
 )
 
 
-def through_proc(address: int, data: bytes = b"") -> object:
-    """Read a byte of this process through /proc/self/mem, or write it; returns the result, or the errno's name."""
-    fd = os.open("/proc/self/mem", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        return os.pwrite(fd, data, address) if data else os.pread(fd, 1, address)
-    except OSError as error:
-        return errno_name(error.errno or 0)
-    finally:
-        os.close(fd)
-
-
-def through_ptrace(pid: int, address: int) -> object:
-    """Read a word of a child process as its debugger, then write it; returns the result, or the errno's name."""
-    word = create_string_buffer(8)
-    syscalls.call("ptrace", PTRACE_SEIZE, pid, 0, 0)
-    syscalls.call("ptrace", PTRACE_INTERRUPT, pid, 0, 0)
-    os.waitpid(pid, WALL)
-    try:
-        syscalls.call("ptrace", PTRACE_PEEKDATA, pid, address, addressof(word))
-        syscalls.call("ptrace", PTRACE_POKEDATA, pid, address, 0)
-    except KernelError as error:
-        return errno_name(error.errno or 0)
-    finally:
-        syscalls.call("ptrace", PTRACE_DETACH, pid, 0, 0)
-    return word.raw
-
-
 def debug(ctx: Context, uffd: Uffd, access: Callable[[], object]) -> tuple[int, object]:
     """Make an access and fill each page whose fault is announced meanwhile; return how many, and the result."""
     faults = 0
@@ -371,9 +338,9 @@ def debug(ctx: Context, uffd: Uffd, access: Callable[[], object]) -> tuple[int, 
 @uffd_case("process-debugger", mem=ALL, needs=("kernel_faults",), pages=1, rows=("PR-06",), defect=DEBUGGER)
 def test_process_debugger(ctx: Context) -> None:
     """A missing page that a debugger reads through /proc/PID/mem is announced, and read when it has been filled."""
-    with Uffd.open(flags=WITH_KERNEL_FAULTS) as uffd:
+    with Uffd.open(flags=KERNEL_FAULTS) as uffd:
         uffd.register(ctx.dst.range, MISSING)
-        result = debug(ctx, uffd, lambda: through_proc(ctx.dst.start))
+        result = debug(ctx, uffd, partial(through_proc, "self", ctx.dst.start, 1))
         expect(result, (1, b"\0"), "PR-06: faults announced and byte read")
 
 
@@ -386,14 +353,19 @@ def expect_refused_or_served(result: tuple[int, object], what: str) -> None:
 @uffd_case("process-debugger-refused", mem=ALL, needs=("kernel_faults",), pages=1, rows=("PR-06",), kind=Kind.DETAIL)
 def test_process_debugger_refused(ctx: Context) -> None:
     """Debuggers get EIO for a missing page, or wait until it is filled."""
-    with Uffd.open(flags=WITH_KERNEL_FAULTS) as uffd:
+    with Uffd.open(flags=KERNEL_FAULTS) as uffd:
         uffd.register(ctx.dst.range, MISSING)
         for what, data in (("read", b""), ("write", b"x")):
-            result = debug(ctx, uffd, partial(through_proc, ctx.dst.start, data))
+            result = debug(ctx, uffd, partial(through_proc, "self", ctx.dst.start, 1, data))
             expect_refused_or_served(result, f"PR-06: {what} through /proc/self/mem")
     life = Channel.receive
-    with monitored(ctx.dst.range, MISSING, life, flags=WITH_KERNEL_FAULTS) as (child, uffd):
-        result = debug(ctx, uffd, lambda: through_ptrace(child.pid, ctx.dst.start))
+    with monitored(ctx.dst.range, MISSING, life, flags=KERNEL_FAULTS) as (child, uffd):
+
+        def read_and_write() -> object:
+            read = through_ptrace(child.pid, ctx.dst.start)
+            return read if isinstance(read, str) else through_ptrace(child.pid, ctx.dst.start, 0)
+
+        result = debug(ctx, uffd, read_and_write)
         expect_refused_or_served(result, "PR-06: ptrace")
         child.send()
 

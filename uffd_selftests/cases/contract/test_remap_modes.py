@@ -7,10 +7,10 @@ from functools import partial
 
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, MISSING, MIXED, MREMAP_DONTUNMAP, NOT_HUGETLB, PAGE_SIZE, REMAP, TABLE_BYTES, UNREGISTERED, WP,
+    AGAINST_WRITES, ALL, ANON, MISSING, MIXED, MREMAP_DONTUNMAP, NOT_HUGETLB, PAGE_SIZE, REMAP, UNREGISTERED, WP,
     WRITEPROTECT, Context, Pagemap, Range, Uffd, announced, expect, expect_free, expect_modes, expect_no_memory,
-    expect_served, expect_trapped, huge_mixture, keep_small, mended, mixture, moved, peek, pmd_mapped, promise, remap,
-    touch, undisturbed,
+    expect_served, expect_trapped, huge_mixture, mended, mixture, moved, peek, pmd_mapped, promise, remap, touch,
+    two_tables, undisturbed,
 )  # fmt: skip
 
 
@@ -69,18 +69,9 @@ def test_remap_dontunmap_wp_kinds(ctx: Context) -> None:
 
 def move_tables(ctx: Context, *, event: bool) -> None:
     """Move what two page tables map to where they would fit as they are; every second page there is protected."""
-    count = TABLE_BYTES // PAGE_SIZE
-    area, place = ctx.allocate(2 * count), ctx.allocate(2 * count)
-    keep_small(area.range)
-    pages = sorted({0, 1, 2, 7, count // 2, count - 2, count - 1, count, count + 1, 2 * count - 2, 2 * count - 1})
-    for page in pages:
-        area.fill(page, 1)
-    ctx.uffd.register(area.range, WP)
-    for page in pages[::2]:
-        ctx.uffd.writeprotect(area.page(page))
-    announced(
-        ctx.uffd, partial(remap, area.range, to=place.start), *[moved(area.range, place.start)] * event
-    )
+    area, pages = two_tables(ctx, AGAINST_WRITES)
+    place = ctx.allocate(area.nr_pages)
+    announced(ctx.uffd, partial(remap, area.range, to=place.start), *[moved(area.range, place.start)] * event)
     expect_modes(place.range, WP if event else UNREGISTERED)
     Pagemap.expect_protected(place, pages[::2] if event else (), "in the new place")
     for page in pages:

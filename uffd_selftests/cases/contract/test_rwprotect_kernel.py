@@ -10,46 +10,19 @@ from functools import partial
 
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    ACCESSED, ALL, ANON, ASYNC_RWP, DEFAULT_FLAGS, FUTEX_CHANGE, KERNEL_ACCESSES, KERNEL_FAULTS, MISSING, MOVE, NEW,
-    PAGE_SIZE, READ_TRAPPED, RWP, SYNC_RWP, WP, WRITE, WRITEPROTECT, WRITE_TRAPPED, Advice, Area, Context, Fault,
-    Feature, Ia32, KernelAccess, PagefaultFlag, Pagemap, Removed, RwprotectMode, Uffd, Waiter, advise, become_nobody,
-    direct_accesses, direct_disk, eventually, expect, expect_accessed, expect_rwp_free, expect_rwp_trapped, expect_told,
-    expect_untold, fails, faulting, huge_area, parse_message, peek, poke, promise, refuses, run_as, rwp_protected,
-    touch, trapped, uapi, undisturbed,
+    ACCESSED, AGAINST_ACCESS, ALL, ANON, ASYNC_RWP, DEFAULT_FLAGS, FUTEX_CHANGE, KERNEL_ACCESSES, KERNEL_FAULTS,
+    MISSING, MOVE, NEW, PAGE_SIZE, READ_TRAPPED, RWP, SYNC_RWP, WP, WRITE, WRITEPROTECT, WRITE_TRAPPED, Advice, Area,
+    Context, Fault, Feature, Ia32, PagefaultFlag, Pagemap, Removed, RwprotectMode, Uffd, Waiter, advise, become_nobody,
+    direct_accesses, direct_disk, eventually, expect, expect_accessed, expect_calls_trapped, expect_rwp_free,
+    expect_rwp_trapped, expect_untold, fails, faulting, huge_area, parse_message, peek, poke, prepared, promise,
+    refuses, run_as, rwp_protected, touch, trapped, uapi, undisturbed,
 )  # fmt: skip
 
 KINDS = tuple(KERNEL_ACCESSES)
+CALLS = "RW-62 RW-63"
 
 
 # ---- system calls --------------------------------------------------------------------------------------------------
-
-
-def expect_each_told(ctx: Context, area: Area, *accesses: KernelAccess) -> None:
-    """Assert that each access waits at a protected page, which keeps its protection until it is resolved itself."""
-    everything = set(range(area.nr_pages))
-    with Uffd.open(ctx.features, KERNEL_FAULTS) as uffd:
-        area.fill()
-        uffd.register(area.range, RWP)
-        for access in accesses:
-            for pages in access.pages(1, 2):
-                with promise("RW-62 RW-63", f"{access.name} at {pages}"):
-                    address = access.address(area, *pages)
-                    before = peek(address, access.length)
-                    poke(address, access.wants or before)
-                    uffd.rwprotect(area.range)
-                    left = set(everything)
-
-                    def serve(page: int, uffd: Uffd = uffd, left: set[int] = left) -> None:
-                        Pagemap.expect_protected(area, left, "while the call waits")
-                        uffd.resolve(area.page(page))
-                        left.discard(page)
-
-                    flags = WRITE_TRAPPED if access.writes else READ_TRAPPED
-                    expect_told(uffd, area, access, pages, flags, serve=serve)
-                    Pagemap.expect_protected(area, everything - set(pages), "after the call")
-                    uffd.resolve(area.range)
-                    poke(address, before)
-        undisturbed(uffd, partial(area.expect_pattern_of, area))
 
 
 @uffd_case(
@@ -63,7 +36,7 @@ def expect_each_told(ctx: Context, area: Area, *accesses: KernelAccess) -> None:
 )
 def test_rwprotect_calls(ctx: Context, variant: str) -> None:
     """A system call that reaches for a protected page is told as a read or a write, waits, and ends with its bytes."""
-    expect_each_told(ctx, ctx.dst, *KERNEL_ACCESSES[variant])
+    expect_calls_trapped(CALLS, ctx, ctx.dst, AGAINST_ACCESS, *KERNEL_ACCESSES[variant])
 
 
 @uffd_case(
@@ -79,8 +52,7 @@ def test_rwprotect_calls(ctx: Context, variant: str) -> None:
 def test_rwprotect_calls_thp(ctx: Context, variant: str) -> None:
     """The same in a transparent huge page, of which the one base page is resolved and the others stay protected."""
     for access in KERNEL_ACCESSES[variant]:
-        area = huge_area(ctx)
-        expect_each_told(ctx, area, access)
+        expect_calls_trapped(CALLS, ctx, huge_area(ctx), AGAINST_ACCESS, access)
 
 
 @uffd_case(
@@ -95,7 +67,7 @@ def test_rwprotect_calls_thp(ctx: Context, variant: str) -> None:
 def test_rwprotect_calls_direct(ctx: Context) -> None:
     """O_DIRECT waits for a protected page before the disk reaches it, both ways."""
     with direct_disk() as disk:
-        expect_each_told(ctx, ctx.dst, *direct_accesses(disk))
+        expect_calls_trapped(CALLS, ctx, ctx.dst, AGAINST_ACCESS, *direct_accesses(disk))
 
 
 @uffd_case(
@@ -116,10 +88,8 @@ def test_rwprotect_calls_async(ctx: Context, variant: str) -> None:
         uffd.register(area.range, RWP)
         for access in KERNEL_ACCESSES[variant]:
             for pages in access.pages(1, 2):
-                with promise("RW-78", f"{access.name} at {pages}"):
-                    address = access.address(area, *pages)
-                    before = peek(address, access.length)
-                    poke(address, access.wants or before)
+                address = access.address(area, *pages)
+                with promise("RW-78", f"{access.name} at {pages}"), prepared(access, address):
                     uffd.rwprotect(area.range)
                     read = undisturbed(uffd, partial(access.call, address))
                     # before anybody else looks there
@@ -128,7 +98,6 @@ def test_rwprotect_calls_async(ctx: Context, variant: str) -> None:
                     if not access.writes:
                         expect(read, peek(address, access.length), "what the call read")
                     expect(peek(address, len(access.stores)), access.stores, "what the call wrote")
-                    poke(address, before)
         area.expect_pattern_of(area)
 
 
@@ -153,7 +122,7 @@ FUTEX = Defect(
 )
 def test_rwprotect_futex(ctx: Context) -> None:
     """A futex in a protected page that the kernel changes waits until the page is resolved."""
-    expect_each_told(ctx, ctx.dst, FUTEX_CHANGE)
+    expect_calls_trapped(CALLS, ctx, ctx.dst, AGAINST_ACCESS, FUTEX_CHANGE)
 
 
 @uffd_case(

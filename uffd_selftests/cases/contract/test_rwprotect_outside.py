@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,45 +13,13 @@ from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
     ALL, ANON, ASYNC_RWP, HUGETLB, HUGETLB_PRIVATE, KERNEL_FAULTS, NEW, PAGE_SIZE, READ_TRAPPED, RWP, SHMEM,
     SHMEM_PRIVATE, SYNC_RWP, WP, WRITEPROTECT, WRITE_TRAPPED, Advice, Area, Channel, Child, Context, Fault, Feature,
-    KernelError, Pagemap, Range, RegisterMode, Skip, Uffd, Waiter, advise, collapse, core_bytes, core_dump, errno_name,
-    eventually, expect, expect_accessed, expect_rwp_trapped, faulting, huge_area, peek, pmd_mapped, poke, promise,
-    rwp_protected, syscalls,
+    Pagemap, Range, RegisterMode, Skip, Uffd, Waiter, advise, collapse, core_bytes, core_dump, eventually, expect,
+    expect_accessed, expect_rwp_trapped, faulting, huge_area, peek, pmd_mapped, poke, promise, rwp_protected, syscalls,
+    through_proc, through_ptrace,
 )  # fmt: skip
-
-PTRACE_PEEKDATA, PTRACE_POKEDATA, PTRACE_DETACH = 2, 5, 17
-PTRACE_SEIZE, PTRACE_INTERRUPT = 0x4206, 0x4207
-WALL = 0x4000_0000
 
 
 # ---- debuggers -----------------------------------------------------------------------------------------------------
-
-
-def through_proc(pid: int | str, address: int, length: int, data: bytes = b"") -> object:
-    """Read or write memory through /proc/PID/mem; returns the result, or the errno's name."""
-    fd = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        return os.pwrite(fd, data, address) if data else os.pread(fd, length, address)
-    except OSError as error:
-        return errno_name(error.errno or 0)
-    finally:
-        os.close(fd)
-
-
-def through_ptrace(pid: int, address: int, new: int | None = None) -> object:
-    """Read a word of a child process as its debugger, or write it; returns the result, or the errno's name."""
-    word = ctypes.create_string_buffer(8)
-    syscalls.call("ptrace", PTRACE_SEIZE, pid, 0, 0)
-    syscalls.call("ptrace", PTRACE_INTERRUPT, pid, 0, 0)
-    os.waitpid(pid, WALL)
-    try:
-        if new is None:
-            syscalls.call("ptrace", PTRACE_PEEKDATA, pid, address, ctypes.addressof(word))
-            return word.raw[:8]
-        return syscalls.call("ptrace", PTRACE_POKEDATA, pid, address, new)
-    except KernelError as error:
-        return errno_name(error.errno or 0)
-    finally:
-        syscalls.call("ptrace", PTRACE_DETACH, pid, 0, 0)
 
 
 def served(uffd: Uffd, call: Callable[[], object], unit: int) -> tuple[int, object]:
@@ -253,13 +220,7 @@ def test_rwprotect_remote_calls(ctx: Context, variant: str) -> None:
             child.expect_end(uffd)
 
 
-CMDLINE = Defect(
-    id="D-RW-66",
-    summary=DEBUGGER.summary,
-    kernels=DEBUGGER.kernels,
-    advice=DEBUGGER.advice,
-    shows=r"RW-66, .*: expected b'.+', got b''",
-)
+CMDLINE = replace(DEBUGGER, shows=r"RW-66, .*: expected b'.+', got b''")
 
 
 @uffd_case(
@@ -389,13 +350,10 @@ def test_rwprotect_core_dump_async(ctx: Context) -> None:
         expect_core(ctx, ctx.dst, ASYNC_RWP, RWP, {1, 2})
 
 
-CORE_HUGE = Defect(
-    id="D-RW-67",
+CORE_HUGE = replace(
+    CORE,
     summary="Private huge pages, transparent ones too, that are protected with RWP_ASYNC are zeroes in a core dump: "
     "the kernel takes what it cannot follow for a hole (no_page_table).",
-    kernels="7.3.4",
-    advice=CORE.advice,
-    shows=CORE.shows,
 )
 
 

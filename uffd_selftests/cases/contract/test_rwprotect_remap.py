@@ -8,10 +8,10 @@ from signal import SIGSEGV
 
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, MIXED, MREMAP_DONTUNMAP, NOT_HUGETLB, PAGE_SIZE, READ_TRAPPED, REMAP, RWP, SHMEM, SYNC_RWP, TABLE_BYTES,
-    UNMAP, UNREGISTERED, Area, Context, Mixture, Pagemap, Range, announced, expect, expect_bytes, expect_modes,
-    expect_no_memory, expect_rwp_free, expect_rwp_trapped, faulting, huge_mixture, keep_small, mixture, moved, peek,
-    pmd_mapped, promise, remap, rwp_protected, touch, touch_trapped, undisturbed, unmap, unmapped,
+    AGAINST_ACCESS, ALL, ANON, MIXED, MREMAP_DONTUNMAP, NOT_HUGETLB, READ_TRAPPED, REMAP, RWP, SHMEM, SYNC_RWP, UNMAP,
+    UNREGISTERED, Area, Context, Mixture, Pagemap, Range, announced, expect, expect_bytes, expect_modes,
+    expect_no_memory, expect_rwp_free, expect_rwp_trapped, faulting, huge_mixture, mixture, moved, peek, pmd_mapped,
+    promise, remap, rwp_protected, touch, touch_trapped, two_tables, undisturbed, unmap, unmapped,
 )  # fmt: skip
 
 
@@ -156,24 +156,13 @@ def test_rwprotect_remap_dontunmap_event(ctx: Context) -> None:
 
 
 def move_tables(ctx: Context) -> None:
-    """Move what two page tables map to such a place.
-
-    At both ends of each table, and here and there between, is a page; of these every second one is protected.
-    """
-    count = TABLE_BYTES // PAGE_SIZE
-    area, place = ctx.allocate(2 * count), ctx.allocate(2 * count)
-    keep_small(area.range)
-    pages = sorted({0, 1, 2, 7, count // 2, count - 2, count - 1, count, count + 1, 2 * count - 2, 2 * count - 1})
-    for page in pages:
-        area.fill(page, 1)
+    """Move what two page tables map to such a place."""
     uffd, event = ctx.uffd, REMAP in ctx.features
-    uffd.register(area.range, RWP)
-    protected = set(pages[::2])
-    for page in protected:
-        uffd.rwprotect(area.page(page))
+    area, pages = two_tables(ctx, AGAINST_ACCESS)
+    place = ctx.allocate(area.nr_pages)
     announced(uffd, partial(remap, area.range, to=place.start), *[moved(area.range, place.start)] * event)
     if event:
-        Pagemap.expect_protected(place, protected, "in the new place")
+        Pagemap.expect_protected(place, pages[::2], "in the new place")
         expect_modes(place.range, RWP)
         expect_rwp_free(uffd, place, *pages[1::2])
         expect_rwp_trapped(uffd, place, *pages[::2])

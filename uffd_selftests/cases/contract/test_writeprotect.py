@@ -6,18 +6,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from errno import EAGAIN, EFAULT, EINVAL, EIO, ENOENT, ESRCH
+from errno import EAGAIN, EFAULT, EINVAL, ENOENT, ESRCH
 from functools import partial
 from pathlib import Path
 from signal import SIGBUS, SIGSEGV
 
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, HUGETLB, HUGETLB_PRIVATE, MISSING, NEW, NOT_HUGETLB, PAGE_SIZE, PROT_READ, SHARED, SHMEM, SHMEM_PRIVATE,
-    TRAPPED, WP, WRITEPROTECT, Advice, Area, Channel, Child, Context, Fault, Feature, KernelError, Pagemap, Range, Skip,
-    Uffd, Waiter, WriteprotectMode, advise, bad_ranges, eventually, expect, expect_free, expect_trapped, fails,
-    faulting, filled, huge_area, mend, peek, poke, promise, protect, refuses, require_soft_dirty, signals, smaps_fields,
-    syscalls, touch, trapped, uapi, undisturbed, unmap, unread_event,
+    ALL, ANON, HUGETLB, HUGETLB_PRIVATE, KERNEL_FAULTS, MISSING, NEW, NOT_HUGETLB, PAGE_SIZE, PROT_READ, SHARED, SHMEM,
+    SHMEM_PRIVATE, TRAPPED, WP, WRITEPROTECT, Advice, Area, Channel, Child, Context, Fault, Feature, KernelError,
+    Pagemap, Range, Skip, Uffd, Waiter, WriteprotectMode, advise, bad_ranges, eventually, expect, expect_free,
+    expect_trapped, faulting, filled, huge_area, mend, peek, poke, promise, protect, refuses, require_soft_dirty,
+    signals, smaps_fields, syscalls, through_proc, touch, trapped, uapi, undisturbed, unmap, unread_event,
 )  # fmt: skip
 
 SEVERAL_MAPPINGS = WRITEPROTECT | Feature.WP_UNPOPULATED
@@ -441,17 +441,17 @@ def test_writeprotect_proc_mem(ctx: Context) -> None:
     """A write to a protected page through /proc/PID/mem is EIO, without a message and with the page as it was."""
     area = ctx.dst
     area.fill()
-    mem = os.open("/proc/self/mem", os.O_RDWR | os.O_CLOEXEC)
-    with Uffd.open(WRITEPROTECT, os.O_CLOEXEC | os.O_NONBLOCK) as uffd:
+    write = partial(through_proc, "self", area.start, 0, NEW)
+    with Uffd.open(WRITEPROTECT, KERNEL_FAULTS) as uffd:
         uffd.register(area.range, WP)
         uffd.writeprotect(area.page(0))
-        with promise("WP-30", "write"), fails(EIO):
-            undisturbed(uffd, lambda: os.pwrite(mem, NEW, area.start))
+        with promise("WP-30", "write"):
+            expect(undisturbed(uffd, write), "EIO", "result")
         with promise("WP-30", "read"):
-            expect(undisturbed(uffd, lambda: os.pread(mem, 8, area.start)), peek(area.start, 8), "what was read")
+            read = undisturbed(uffd, partial(through_proc, "self", area.start, 8))
+            expect(read, peek(area.start, 8), "what was read")
         Pagemap.expect_protected(area, {0}, "afterwards")
         area.expect_pattern_of(area)
-    os.close(mem)
 
 
 @uffd_case(
@@ -467,13 +467,12 @@ def test_writeprotect_proc_mem_read_only(ctx: Context) -> None:
     """/proc/PID/mem, which may write to a read-only mapping, cannot write to a protected page of it: EIO."""
     area = ctx.dst
     area.fill()
-    mem = os.open("/proc/self/mem", os.O_RDWR | os.O_CLOEXEC)
-    with Uffd.open(WRITEPROTECT, os.O_CLOEXEC | os.O_NONBLOCK) as uffd:
+    write = partial(through_proc, "self", area.start, 0, NEW)
+    with Uffd.open(WRITEPROTECT, KERNEL_FAULTS) as uffd:
         uffd.register(area.range, WP)
         uffd.writeprotect(area.page(0))
         protect(area.range, PROT_READ)
-        with promise("WP-30", "read-only mapping"), fails(EIO):
-            undisturbed(uffd, lambda: os.pwrite(mem, NEW, area.start))
+        with promise("WP-30", "read-only mapping"):
+            expect(undisturbed(uffd, write), "EIO", "result")
         Pagemap.expect_protected(area, {0}, "afterwards")
         area.expect_pattern_of(area)
-    os.close(mem)

@@ -7,17 +7,14 @@ writeprotect-mremap-tables.
 
 from __future__ import annotations
 
-import os
-from contextlib import ExitStack, suppress
 from functools import partial
-from pathlib import Path
 
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    ANON, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, NOT_HUGETLB, PAGE_SIZE, SHMEM, THP, UNREGISTERED, WP, WRITEPROTECT,
-    Advice, Area, Context, Feature, MemType, PagefaultFlag, Pagemap, Range, Remapped, Skip, Sysctl, Uffd, Waiter,
-    advise, default_hugepage_size, expect, expect_modes, faulting, hugepage_file, hugepage_sizes, mapped, peek,
-    pmd_size, poke, remap, swap_out, touch, uapi, undisturbed,
+    ANON, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, NOT_HUGETLB, PAGE_SIZE, SHMEM, UNREGISTERED, WP, WRITEPROTECT, Area,
+    Context, Feature, MemType, PagefaultFlag, Pagemap, Range, Remapped, Skip, Uffd, Waiter, default_hugepage_size,
+    expect, expect_modes, faulting, folio_settings, folios_of, hugepage_file, hugepage_sizes, mapped, peek, poke, remap,
+    swap_out, touch, uapi, undisturbed,
 )  # fmt: skip
 
 
@@ -85,49 +82,14 @@ def test_wp_mremap_swapped_event(ctx: Context) -> None:
 # ---- transparent huge pages ----------------------------------------------------------------------------------------
 
 
-def settings(mem: MemType) -> dict[int, Path]:
-    """Return the sizes in bytes of the transparent huge pages that the kernel has, and where each is switched on.
-
-    A kernel without a setting for each size (before Linux 6.8, of shared memory 6.11) has that of a PMD alone.
-    """
-    name = "shmem_enabled" if mem.shared else "enabled"
-    found = {}
-    for path in THP.glob(f"hugepages-*kB/{name}"):
-        found[int(path.parent.name.removeprefix("hugepages-").removesuffix("kB")) << 10] = path
-    if not found and pmd_size():
-        found[pmd_size()] = THP / name
-    return found
-
-
 def sizes(mem: MemType) -> tuple[str, ...]:
     """Return the variants of a case that runs with each size of transparent huge page, smallest first."""
-    return tuple(f"{size >> 10} kB" for size in sorted(settings(mem))) or ("no size",)
+    return tuple(f"{size >> 10} kB" for size in sorted(folio_settings(mem))) or ("no size",)
 
 
 def bytes_of(variant: str) -> int:
     """Return the size that a variant stands for."""
     return int(variant.partition(" ")[0]) << 10
-
-
-def one_folio(ctx: Context, variant: str) -> Area:
-    """Map an area that one transparent huge page of this size fills, written to the last byte; Skip without one.
-
-    That it is one shows when the first write makes every page present.
-    """
-    size = bytes_of(variant)
-    path = settings(ctx.mem)[size]
-    value = "advise" if ctx.mem.shared else "madvise"
-    area = ctx.allocate(size // PAGE_SIZE)
-    advise(area.range, Advice.HUGEPAGE)
-    with ExitStack() as stack:
-        with suppress(OSError):  # without the privilege: what is there
-            stack.enter_context(Sysctl(path, value))
-        poke(area.start, b"\1")
-    if not all(Pagemap.have(area.range, uapi.PM_PRESENT)):
-        remedy = f"run as root, or echo {value} > {path}" if os.geteuid() else "echo 1 > /proc/sys/vm/compact_memory"
-        raise Skip(f"no transparent huge page of {variant} to be had: {remedy}")
-    area.fill()
-    return area
 
 
 @uffd_case(
@@ -143,7 +105,7 @@ def one_folio(ctx: Context, variant: str) -> Area:
 )
 def test_wp_mremap_thp(ctx: Context, variant: str) -> None:
     """A transparent huge page of any size loses its protection when mremap(2) moves it, and nothing else."""
-    area = one_folio(ctx, variant)
+    area = folios_of(ctx, bytes_of(variant), 1)
     protect_all(ctx, area)
     move(ctx, area)
 
@@ -161,7 +123,7 @@ def test_wp_mremap_thp(ctx: Context, variant: str) -> None:
 )
 def test_wp_mremap_thp_shared(ctx: Context, variant: str) -> None:
     """A transparent huge page of shared memory, of any size, loses its protection when mremap(2) moves it."""
-    area = one_folio(ctx, variant)
+    area = folios_of(ctx, bytes_of(variant), 1)
     protect_all(ctx, area)
     move(ctx, area)
 
@@ -179,7 +141,7 @@ def test_wp_mremap_thp_shared(ctx: Context, variant: str) -> None:
 )
 def test_wp_mremap_thp_swapped(ctx: Context, variant: str) -> None:
     """A transparent huge page of any size, swapped out, loses its protection when mremap(2) moves it."""
-    area = one_folio(ctx, variant)
+    area = folios_of(ctx, bytes_of(variant), 1)
     protect_all(ctx, area)
     swap_out(area.range)
     move(ctx, area)
@@ -198,7 +160,7 @@ def test_wp_mremap_thp_swapped(ctx: Context, variant: str) -> None:
 )
 def test_wp_mremap_thp_shared_swapped(ctx: Context, variant: str) -> None:
     """A transparent huge page of shared memory, of any size and swapped out, loses its protection likewise."""
-    area = one_folio(ctx, variant)
+    area = folios_of(ctx, bytes_of(variant), 1)
     protect_all(ctx, area)
     swap_out(area.range)
     move(ctx, area)

@@ -13,9 +13,10 @@ from functools import partial
 
 from uffd_selftests.case import uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, ASYNC_RWP, COMPANION, MISSING, MOVE, NOT_HUGETLB, PAGE_SIZE, PROT_READ, PROT_WRITE, RWP, SYNC_RWP,
-    TRAPPED, WP, WRITEPROTECT, WRITTEN, Area, Context, Fault, Feature, PagefaultFlag, Pagemap, PmScanFlag, Race,
-    Range, Skip, Uffd, expect, huge_area, keep_small, pmd_mapped, promise, protect, toucher, unmap,
+    AGAINST_ACCESS, AGAINST_WRITES, ALL, ANON, ASYNC_RWP, COMPANION, MISSING, MOVE, NOT_HUGETLB, PAGE_SIZE, PROT_READ,
+    PROT_WRITE, RWP, SYNC_RWP, TRAPPED, WP, WRITEPROTECT, WRITTEN, Area, Context, Fault, Feature, PagefaultFlag,
+    Pagemap, PmScanFlag, Protection, Race, Range, Skip, Uffd, expect, huge_area, keep_small, pmd_mapped, promise,
+    protect, toucher, unmap,
 )  # fmt: skip
 
 MANY = 48
@@ -109,41 +110,33 @@ def test_rwprotect_in_use_thp(ctx: Context) -> None:
         area.expect_pattern_of(area)
 
 
-def cut_folio(ctx: Context) -> Area:
-    """Map a transparent huge page whose memory is one folio still, but which is mapped by its base pages."""
+def expect_part_stopped(ctx: Context, guard: Protection, row: str) -> None:
+    """Assert that accesses stop to pages of a part of a large folio, mapped by its base pages, that is protected."""
     area = huge_area(ctx)
     protect(area.page(0), PROT_READ)
     protect(area.page(0), PROT_READ | PROT_WRITE)
     expect(pmd_mapped(area.range), 0, "bytes mapped by PMD, of a huge page of which a part was read-only")
-    return area
+    ctx.uffd.register(area.range, guard.mode)
+    first, count = area.nr_pages // 4, area.nr_pages // 8
+    part = range(first, first + count)
+    for page in (part[0], part[count // 2], part[-1]):
+        with promise(row, f"page {page}"), in_use(area, page, write=True) as race:
+            expect_stopped(ctx.uffd, race, partial(guard.set, ctx.uffd, area, part), area.page(page))
+            Pagemap.expect_protected(area, part, "after the request")
+            guard.lift(ctx.uffd, area, range(area.nr_pages))
+    area.expect_pattern_of(area)
 
 
 @uffd_case("rwprotect-in-use-folio", mem=(ANON,), features=SYNC_RWP, pages=4, rows=("RW-75", "RW-44"), smp=True)
 def test_rwprotect_in_use_folio(ctx: Context) -> None:
     """The same for a part of a large folio that is mapped by its base pages."""
-    area = cut_folio(ctx)
-    ctx.uffd.register(area.range, RWP)
-    first, count = area.nr_pages // 4, area.nr_pages // 8
-    for page in (first, first + count // 2, first + count - 1):
-        with promise("RW-75", f"page {page}"), in_use(area, page, write=True) as race:
-            expect_stopped(ctx.uffd, race, partial(ctx.uffd.rwprotect, area.page(first, count)), area.page(page))
-            Pagemap.expect_protected(area, range(first, first + count), "after UFFDIO_RWPROTECT")
-            ctx.uffd.resolve(area.range)
-    area.expect_pattern_of(area)
+    expect_part_stopped(ctx, AGAINST_ACCESS, "RW-75")
 
 
 @uffd_case("writeprotect-in-use-folio", mem=(ANON,), features=WRITEPROTECT, pages=4, rows=("WP-07",), smp=True)
 def test_writeprotect_in_use_folio(ctx: Context) -> None:
     """When UFFDIO_WRITEPROTECT of a part of a large folio has returned no write goes through there."""
-    area = cut_folio(ctx)
-    ctx.uffd.register(area.range, WP)
-    first, count = area.nr_pages // 4, area.nr_pages // 8
-    for page in (first, first + count // 2, first + count - 1):
-        with promise("WP-07", f"page {page}"), in_use(area, page, write=True) as race:
-            expect_stopped(ctx.uffd, race, partial(ctx.uffd.writeprotect, area.page(first, count)), area.page(page))
-            Pagemap.expect_protected(area, range(first, first + count), "after UFFDIO_WRITEPROTECT")
-            ctx.uffd.unprotect(area.range)
-    area.expect_pattern_of(area)
+    expect_part_stopped(ctx, AGAINST_WRITES, "WP-07")
 
 
 @uffd_case("rwprotect-in-use-tables", mem=NOT_HUGETLB, features=SYNC_RWP, pages=4, rows=("RW-75",), smp=True)
