@@ -37,10 +37,10 @@ def test_rwp_fork(ctx: Context) -> None:
         expect_modes(area.range, RWP)
         area.expect_pattern_of(area, half)
         data = peek(area.start, area.page_size)
+        expect(data == peek(area.start, area.page_size), True, "whether the first read got the bytes of page 0")
         channel.send()
         poke(area.page(last).start, NEW)
         Pagemap.expect_protected(area, range(1, last), "in the child, of which two pages were resolved")
-        expect(data == peek(area.start, area.page_size), True, "whether the first read got the bytes of page 0")
         channel.send()
 
     with ctx.handler(src=None, rwp=Action.RECORD) as handler, Child(child) as process:
