@@ -42,8 +42,8 @@ def capable(found: Findings) -> Findings:
     handle = {trial.name: works for trial in OF_HANDLE}
     pools = {2 << 20: HugepageCounts(4, 4, 0, 0)}
     behaviour = {**found.behaviour, "scan-accessed": Outcome(Answer.WORKS, detail="tells it")}
-    changed = {"facts": facts, "columns": columns, "handle": handle, "behaviour": behaviour, "pools": pools}
-    return dataclasses.replace(found, dontunmap=None, **changed)
+    able = dataclasses.replace(found, facts=facts, columns=columns, handle=handle, behaviour=behaviour)
+    return dataclasses.replace(able, pools=pools, dontunmap=None)
 
 
 def without(found: Findings, *features: Feature, **facts: Any) -> Findings:
