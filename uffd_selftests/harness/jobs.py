@@ -26,6 +26,7 @@ from uffd_selftests.harness.isolation import Ending, How
 from uffd_selftests.harness.plain import Lacking, Passed, Task
 from uffd_selftests.machine.facts import KMSG, probe
 from uffd_selftests.machine.hugepages import HugepagePool, lack_of_hugepages
+from uffd_selftests.machine.kvm import probe_kvm
 from uffd_selftests.machine.repair import repair
 from uffd_selftests.machine.system import available_memory
 
@@ -121,6 +122,10 @@ class Cases:
         Variants of cases can depend on it, as on the sizes of its huge pages: where all are loaded they are told.
         """
         return {"facts": probe().to_dict(), "unreadable": self._health.unreadable, "variants": self._variants}
+
+    def ask_kvm(self, scale: float) -> dict[str, str | None]:
+        """Try a virtual processor, with so much more patience than on an idle machine."""
+        return probe_kvm(scale)
 
     def ask_set_up(self, setting: Setting) -> dict[str, Any]:
         """Take over from pytest's process what cases can see of it, and make the machine ready."""

@@ -8,6 +8,7 @@ import fcntl
 import itertools
 import json
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
@@ -20,6 +21,8 @@ from uffd_selftests.harness.jobs import Cases, Setting
 from uffd_selftests.harness.launcher import Launcher, Order
 from uffd_selftests.harness.results import GUEST, LAST, declaration, place, skipped_for
 from uffd_selftests.harness.site import Lost, Site, Spent, setting
+from uffd_selftests.machine.kvm import UNKNOWN
+from uffd_selftests.machine.requirements import wants_kvm
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -107,6 +110,7 @@ class Runner:
         self._following[item.nodeid] = nextitem
         if not case:
             return self._run(item, isolate=self._settings.isolate_all or bool(item.get_closest_marker("isolated")))
+        self._learn(item, case)
         if lacking := self._lacking(case, mem):
             self._refuse(item, lacking)
             return None
@@ -121,6 +125,17 @@ class Runner:
     def _hugepages(self, case: Case, mem: MemType | None) -> int:
         """Return how many huge pages a case takes."""
         return gating.hugepages_needed(case, mem, self._settings.area_bytes_of(case), self._facts.hugepage_size)
+
+    def _learn(self, item: pytest.Item, case: Case) -> None:
+        """Find out, before the first case that wants a virtual processor, whether one can be had."""
+        if self._facts.kvm is not None or not wants_kvm(case.needs):
+            return
+        try:
+            found = self._launchers(item).ask("kvm", self._settings.deadline_scale)
+        except (OSError, EOFError, Lost):  # a kernel that dies of it: the case is to show that
+            self._launchers(item).close()
+            found = UNKNOWN
+        self._facts = replace(self._facts, kvm=found)
 
     def _lacking(self, case: Case, mem: MemType | None) -> list[gating.Missing]:
         known = self._known_lacks.get((id(case), mem))
@@ -251,15 +266,20 @@ class Runner:
         self._together = [*self._together, item.result_name] if ending.rests else []
         return ending, guest
 
-    def _site_of(self, item: pytest.Item) -> Site:
-        """Return where plain cases run, made ready for them."""
+    def _launchers(self, item: pytest.Item) -> Site:
+        """Return where plain cases run, which may not be ready for them."""
         if not self._site:
             self._site = Site(lambda: Launcher.start(Cases(_describer(item.session)), self._guarded))
-        if not self._site.is_set_up:
-            self._site.set_up(self._setting(item))
-            if self._isolator:
-                self._isolator.spare(self._site.launcher.pid)
         return self._site
+
+    def _site_of(self, item: pytest.Item) -> Site:
+        """Return where plain cases run, made ready for them."""
+        site = self._launchers(item)
+        if not site.is_set_up:
+            site.set_up(self._setting(item))
+            if self._isolator:
+                self._isolator.spare(site.launcher.pid)
+        return site
 
     def _setting(self, item: pytest.Item) -> Setting:
         """Return what a launcher is to know of this run; one of another machine takes care of its huge pages."""
@@ -267,6 +287,8 @@ class Runner:
         result = setting(self._settings, self._facts, sole=self._sole, remote=remote)
         if remote:
             items = [each for each in item.session.items if isinstance(each, CaseItem)]
+            for each in items:
+                self._learn(each, each.case)
             able = [each for each in items if not self._lacking(each.case, each.mem)]
             result["hugepages"] = max((self._hugepages(each.case, each.mem) for each in able), default=0)
         return result
@@ -327,6 +349,8 @@ class Runner:
         """
         case, _, _ = declaration(item)
         if self._turns and self._turns.exists():
+            return False
+        if case and self._facts.kvm is None and wants_kvm(case.needs):
             return False
         return self._shares and self._is_fit(item) and not (case and case.may_hang_kernel)
 

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from uffd_selftests.abi.uapi import Feature
 from uffd_selftests.machine.facts import AS_ROOT, DEVICE, THP, Facts
+from uffd_selftests.machine.kvm import FAULTS
 
 
 def no_userfaultfd(facts: Facts) -> str | None:
@@ -88,6 +89,21 @@ def _hugetlb_reason(facts: Facts) -> str | None:
     return None if facts.hugepage_size else "no huge pages: boot a kernel with CONFIG_HUGETLBFS"
 
 
+def wants_kvm(needs: Iterable[str]) -> bool:
+    """Whether one of these has to do with virtual processors, which are only tried where that is so."""
+    return any(name.startswith("kvm") for name in needs)
+
+
+def _kvm_reason(facts: Facts, accesses: str = "") -> str | None:
+    if facts.kvm is None:
+        return "no virtual processor was tried"
+    if reason := facts.kvm["reason"]:
+        return reason
+    if accesses and facts.kvm["accesses"] != accesses:
+        return f"/dev/kvm: accesses of a virtual processor are {facts.kvm['accesses']} here, no {accesses}"
+    return None
+
+
 def _capability_reason(facts: Facts, name: str) -> str | None:
     if name in facts.capabilities and not facts.user_namespace:
         return None
@@ -106,6 +122,8 @@ REQUIREMENTS: dict[str, Callable[[Facts], str | None]] = {
     "user_mode_only": _user_mode_only_reason,
     "gup_test": lambda facts: facts.gup_test,
     "hugetlb": _hugetlb_reason,
+    "kvm": _kvm_reason,
+    "kvm_paging": lambda facts: _kvm_reason(facts, FAULTS),
     "pagemap": lambda facts: facts.pagemap,
     "pagemap_scan": lambda facts: facts.pagemap_scan,
     "swap": _swap_reason,
