@@ -56,3 +56,4 @@ from uffd_selftests.toolkit.thp import *
 from uffd_selftests.toolkit.threads import *
 from uffd_selftests.toolkit.tracking import *
 from uffd_selftests.toolkit.vcpu import *
+from uffd_selftests.toolkit.vcpu_interrupts import *

@@ -284,7 +284,7 @@ def call(fd: int, request: int, name: str, argument: Any = 0) -> int:
 
 
 class Vcpu:
-    """A virtual processor: flat 32-bit protected mode without paging, so that addresses are the guest's physical ones."""
+    """A virtual processor, in flat 32-bit protected mode without paging: its addresses are physical ones."""
 
     def __init__(self, vm: Vm, number: int) -> None:
         self.fd = call(vm.fd, CREATE_VCPU, f"CREATE_VCPU({number})", number)
@@ -299,17 +299,30 @@ class Vcpu:
             raise
 
     def _be_flat(self) -> None:
-        sregs = Sregs()
-        call(self.fd, GET_SREGS, "GET_SREGS", sregs)
+        sregs = self.sregs()
         flat = {"base": 0, "limit": 0xFFFFFFFF, "present": 1, "s": 1, "db": 1, "g": 1}
         for name, kind, selector in ("cs", 11, 8), *((each, 3, 16) for each in ("ds", "es", "fs", "gs", "ss")):
             setattr(sregs, name, Segment(**flat, type=kind, selector=selector))
         sregs.cr0 |= 1
+        self.load_sregs(sregs)
+
+    def sregs(self) -> Sregs:
+        """Return the special registers."""
+        sregs = Sregs()
+        call(self.fd, GET_SREGS, "GET_SREGS", sregs)
+        return sregs
+
+    def load_sregs(self, sregs: Sregs) -> None:
+        """Set the special registers."""
         call(self.fd, SET_SREGS, "SET_SREGS", sregs)
 
     def set_regs(self, **values: int) -> None:
         """Set registers, all others to 0."""
-        call(self.fd, SET_REGS, "SET_REGS", Regs(**{"rflags": 2, **values}))
+        self.load(Regs(**{"rflags": 2, **values}))
+
+    def load(self, regs: Regs) -> None:
+        """Set all registers."""
+        call(self.fd, SET_REGS, "SET_REGS", regs)
 
     def regs(self) -> Regs:
         """Return the registers."""
@@ -321,6 +334,10 @@ class Vcpu:
         """KVM_RUN; returns why it returned. KernelError when it failed: EFAULT, EINTR."""
         call(self.fd, RUN, "RUN")
         return int(self.state.exit_reason)
+
+    def set_signal_mask(self, mask: int | None) -> None:
+        """KVM_SET_SIGNAL_MASK: what is blocked while it runs; None for what the thread has blocked."""
+        call(self.fd, SET_SIGNAL_MASK, "SET_SIGNAL_MASK", 0 if mask is None else SignalMask(8, mask))
 
     def close(self) -> None:
         """Close it."""
@@ -358,6 +375,22 @@ class Vm:
         """Have memory of this process at a physical address of the guest; length 0 takes the slot away."""
         region = MemoryRegion(slot, flags, gpa, length, address)
         call(self.fd, SET_USER_MEMORY_REGION, f"SET_USER_MEMORY_REGION({slot}, {gpa:#x}, {length})", region)
+
+    def guest_memfd(self, length: int, flags: int) -> int:
+        """KVM_CREATE_GUEST_MEMFD: return its descriptor."""
+        argument = CreateGuestMemfd(size=length, flags=flags)
+        return call(self.fd, CREATE_GUEST_MEMFD, f"CREATE_GUEST_MEMFD({length}, {flags:#x})", argument)
+
+    def set_memfd_slot(self, slot: int, gpa: int, where: tuple[int, int], memfd: int) -> None:
+        """Have memory of a guest_memfd, mapped at an address in such a length, at a physical address of the guest."""
+        address, length = where
+        region = MemoryRegion2(slot, MEM_GUEST_MEMFD, gpa, length, address, 0, memfd)
+        call(self.fd, SET_USER_MEMORY_REGION2, f"SET_USER_MEMORY_REGION2({slot}, {gpa:#x}, {length})", region)
+
+    def set_private(self, gpa: int, length: int) -> None:
+        """KVM_SET_MEMORY_ATTRIBUTES: the guest's memory there is private."""
+        attributes = MemoryAttributes(gpa, length, MEMORY_ATTRIBUTE_PRIVATE, 0)
+        call(self.fd, SET_MEMORY_ATTRIBUTES, f"SET_MEMORY_ATTRIBUTES({gpa:#x}, {length})", attributes)
 
     def dirty_log(self, slot: int, pages: int) -> list[int]:
         """KVM_GET_DIRTY_LOG: return the base pages of a slot written since the last call."""

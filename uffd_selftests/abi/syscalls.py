@@ -59,6 +59,7 @@ _NUMBERS = {
     "readv": (19, 65),
     "rt_sigaction": (13, 134),
     "rt_sigprocmask": (14, 135),
+    "rt_sigtimedwait": (128, 137),
     "set_robust_list": (273, 99),
     "set_tid_address": (218, 96),
     "shmat": (30, 196),

