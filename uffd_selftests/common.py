@@ -4,6 +4,7 @@
 It only hands on: each name is at home in the file of ``toolkit/`` that its idea has, or in the kernel's interface.
 """
 
+from uffd_selftests.abi import kvm as kvm
 from uffd_selftests.abi import syscalls as syscalls
 from uffd_selftests.abi import uapi as uapi
 from uffd_selftests.abi.errors import *

@@ -123,9 +123,9 @@ class Cases:
         """
         return {"facts": probe().to_dict(), "unreadable": self._health.unreadable, "variants": self._variants}
 
-    def ask_kvm(self, scale: float) -> dict[str, str | None]:
-        """Try a virtual processor, with so much more patience than on an idle machine."""
-        return probe_kvm(scale)
+    def ask_kvm(self) -> dict[str, str | None]:
+        """Try a virtual processor."""
+        return probe_kvm()
 
     def ask_set_up(self, setting: Setting) -> dict[str, Any]:
         """Take over from pytest's process what cases can see of it, and make the machine ready."""

@@ -131,7 +131,7 @@ class Runner:
         if self._facts.kvm is not None or not wants_kvm(case.needs):
             return
         try:
-            found = self._launchers(item).ask("kvm", self._settings.deadline_scale)
+            found = self._launchers(item).ask("kvm")
         except (OSError, EOFError, Lost):  # a kernel that dies of it: the case is to show that
             self._launchers(item).close()
             found = UNKNOWN

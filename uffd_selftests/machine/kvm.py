@@ -26,8 +26,8 @@ MODULES = Path("/modules/kvm")
 VENDORS = {"kvm_amd": "svm", "kvm_intel": "vmx"}
 """Modules that are of use with a flag of /proc/cpuinfo alone."""
 
-SECONDS = 2.0
-"""How long the first steps of a virtual processor may take, where deadlines are not scaled; they take milliseconds."""
+SECONDS = 2.0 * float(os.environ.get("UFFD_DEADLINE_SCALE") or 1)
+"""How long the first steps of a virtual processor may take, with the modules to load; else they take milliseconds."""
 PAGE = 4096
 PROT_NONE, PROT_ALL = 0, 3
 MAP_FLAGS = 0x02 | 0x20  # MAP_PRIVATE, MAP_ANONYMOUS
@@ -67,7 +67,7 @@ def load_modules(folder: Path = MODULES) -> bool:
     return loaded
 
 
-def probe_kvm(scale: float = 1.0) -> dict[str, str | None]:
+def probe_kvm() -> dict[str, str | None]:
     """Return, as plain data, why no virtual processor can be had, and how one comes by its memory; never fails.
 
     It is tried in a child, which may hang: there are hosts whose KVM is there and runs nothing.
@@ -81,12 +81,11 @@ def probe_kvm(scale: float = 1.0) -> dict[str, str | None]:
         os._exit(0)
     os.close(writer)
     try:
-        seconds = SECONDS * scale
-        if select.select([reader], [], [], seconds)[0]:
+        if select.select([reader], [], [], SECONDS)[0]:
             if told := os.read(reader, 1 << 12):
                 return dict(json.loads(told))
             return _lacking(f"{DEVICE}: a process that tries a virtual processor dies")
-        return _lacking(f"{DEVICE}: a virtual processor has not executed two instructions after {seconds:g} seconds")
+        return _lacking(f"{DEVICE}: a virtual processor has not executed two instructions after {SECONDS:g} seconds")
     finally:
         os.close(reader)
         with contextlib.suppress(OSError):

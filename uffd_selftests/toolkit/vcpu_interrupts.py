@@ -166,5 +166,5 @@ def interruptible(*memory: Area | Range, told: bool = False) -> Iterator[Interru
     """Have a virtual machine with a processor that takes interrupts; Skip where faults are never asynchronous."""
     with Machine(*memory, irqchip=True) as machine:
         if not machine.vm.has(Cap.ASYNC_PF):
-            raise Skip("/dev/kvm: no KVM_CAP_ASYNC_PF: boot a kernel with CONFIG_KVM_ASYNC_PF")
+            raise Skip("/dev/kvm: no KVM_CAP_ASYNC_PF")
         yield Interruptible(machine, told=told)

@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from errno import EFAULT, EINVAL
 from functools import partial
 
-from uffd_selftests.abi import kvm
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
     ANON, KERNEL_FAULTS, KVM_PAGING, MAP_SHARED, MINOR, MISSING, PAGE_SIZE, RWP, WP, Cap, Context, Feature, KernelError,
-    Machine, Processor, Range, RegisterMode, Skip, Uffd, copy, expect, expect_modes, fails, mapped, peek, poke, prepare,
-    promise, reports_kvm, require_cap, syscalls, undisturbed, vcpu_faulting,
+    Machine, Processor, Range, RegisterMode, Skip, Uffd, copy, expect, expect_modes, fails, kvm, mapped, peek, poke,
+    prepare, promise, reports_kvm, require_cap, syscalls, undisturbed, vcpu_faulting,
 )  # fmt: skip
 
 PAGES = 4
@@ -29,7 +28,7 @@ def _shared_memory(machine: Machine) -> Iterator[tuple[int, Range]]:
     require_cap(machine, Cap.GUEST_MEMFD_FLAGS, "6.18")
     flags = kvm.GUEST_MEMFD_FLAG_MMAP | kvm.GUEST_MEMFD_FLAG_INIT_SHARED
     if flags & ~machine.vm.has(Cap.GUEST_MEMFD_FLAGS):
-        raise Skip("/dev/kvm: no guest_memfd that can be mapped: boot a kernel with CONFIG_KVM_GUEST_MEMFD")
+        raise Skip("/dev/kvm: no guest_memfd that can be mapped (Linux 6.18)")
     fd = machine.vm.guest_memfd(PAGES * PAGE_SIZE, flags)
     try:
         with mapped(PAGES * PAGE_SIZE, flags=MAP_SHARED, fd=fd) as where:
