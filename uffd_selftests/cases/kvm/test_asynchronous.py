@@ -311,5 +311,5 @@ def _refused(ctx: Context, variant: str, *, patient: bool) -> None:
         expect(value, int.from_bytes(peek(ctx.src.page(2).start, 4), "little"), "what the processor read at last")
 
 
-SPIN_SECONDS = 0.25
-"""How long a processor runs before it counts as one that spins: a fault takes a thousandth of that."""
+SPIN_SECONDS = 0.1
+"""How long a processor runs before it counts as one that spins: a fault takes a hundredth of that."""

@@ -20,9 +20,9 @@ from uffd_selftests.common import (
 )  # fmt: skip
 
 PAGES = 4
-TURNS = 24
+TURNS = 12
 """How often a page is taken from a processor at work."""
-SWEEPS = 3000
+SWEEPS = 1500
 """How often a processor goes over all pages, where it comes to an end by itself."""
 
 
