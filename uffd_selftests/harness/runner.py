@@ -350,14 +350,14 @@ class Runner:
         case, _, _ = declaration(item)
         if self._turns and self._turns.exists():
             return False
-        if case and self._facts.kvm is None and wants_kvm(case.needs):
-            return False
         return self._shares and self._is_fit(item) and not (case and case.may_hang_kernel)
 
     def _is_fit(self, item: pytest.Item) -> bool:
         """Whether a test is a plain case that can run here and is over soon: it does not show how far it is."""
         case, _, mem = declaration(item)
-        return case is not None and isinstance(item, CaseItem) and not case.stress and not self._lacking(case, mem)
+        if case is None or (self._facts.kvm is None and wants_kvm(case.needs)):  # nobody knows yet
+            return False
+        return isinstance(item, CaseItem) and not case.stress and not self._lacking(case, mem)
 
     def _fork(self, item: pytest.Item) -> Ending:
         """Run a test in a child of this process."""
