@@ -335,6 +335,12 @@ class Vcpu:
         call(self.fd, RUN, "RUN")
         return int(self.state.exit_reason)
 
+    def prefault(self, gpa: int, length: int) -> None:
+        """KVM_PRE_FAULT_MEMORY: map memory as if it were read, repeated until all of it is."""
+        left = PreFaultMemory(gpa=gpa, size=length)
+        while left.size:
+            call(self.fd, PRE_FAULT_MEMORY, f"PRE_FAULT_MEMORY({left.gpa:#x}, {left.size})", left)
+
     def set_signal_mask(self, mask: int | None) -> None:
         """KVM_SET_SIGNAL_MASK: what is blocked while it runs; None for what the thread has blocked."""
         call(self.fd, SET_SIGNAL_MASK, "SET_SIGNAL_MASK", 0 if mask is None else SignalMask(8, mask))

@@ -256,7 +256,7 @@ SPINS = Defect(
     id="D-KV-14",
     summary="where KVM has the interrupt controllers and the processor takes interrupts, KVM_RUN spins at a page whose "
     "fault fails (UFFD_FEATURE_SIGBUS, UFFD_USER_MODE_ONLY), instead of failing with EFAULT",
-    kernels="7.3.4",
+    kernels="6.1.192, 6.12.117, 7.3.4",
     advice="Register a machine's memory with a handle that reports the kernel's faults; do not expect EFAULT.",
     shows="KVM_RUN: expected EFAULT; it runs on, on its processor",
 )

@@ -8,9 +8,10 @@ from functools import partial
 
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, KVM, KVM_PAGING, MINOR_FAULTS, MISSING, NEW, NOT_HUGETLB, PAGE_SIZE, SHARED, WRITE, Context, CopyMode,
-    Feature, Machine, PagefaultFlag, Pagemap, Range, Waiter, cached, copy, expect, expect_vcpu_sees, faulting, fetched,
-    guest, move, peek, poke, prepare, promise, reports_kvm, thread_told, undisturbed, vcpu_faulting,
+    ALL, ANON, KVM, KVM_PAGING, MINOR_FAULTS, MISSING, NEW, NOT_HUGETLB, PAGE_SIZE, SHARED, WRITE, Cap, Context,
+    CopyMode, Feature, Machine, PagefaultFlag, Pagemap, Range, Waiter, cached, copy, expect, expect_vcpu_sees, faulting,
+    fetched, guest, move, peek, poke, prepare, promise, reports_kvm, require_cap, thread_told, undisturbed,
+    vcpu_faulting,
 )  # fmt: skip
 
 PAGES = 5
@@ -232,6 +233,27 @@ def test_kvm_dontwake(ctx: Context) -> None:
             ctx.uffd.wake(ctx.dst.page(2))
         expect(waiter.result(), peek(ctx.src.page(2).start, 4), "what the processor read")
         ctx.uffd.expect_no_message()
+
+
+@uffd_case(
+    "kvm-prefault", mem=ALL, needs=KVM_PAGING, post_alloc=reports_kvm, pages=PAGES, rows=("KV-15",), kind=Kind.DETAIL
+)
+def test_kvm_prefault(ctx: Context) -> None:
+    """KVM_PRE_FAULT_MEMORY waits for missing pages as a processor does, with a message for each."""
+    prepare(ctx)
+    with guest(ctx.dst) as cpu, promise("KV-15"):
+        require_cap(cpu.machine, Cap.PRE_FAULT_MEMORY, "6.11")
+        where = ctx.dst.page(1, 3)
+        with Waiter(partial(cpu.vcpu.prefault, cpu.machine.gpa(where.start), where.len)):
+            for page in (1, 2, 3):
+                ctx.uffd.wait_fault(ctx.dst.page(page).start)
+                ctx.uffd.expect_still_asleep(1)
+                copy(ctx, page)
+        ctx.uffd.expect_no_message()
+        expect(Pagemap.filled(ctx.dst.range, ctx.page_size), [False, True, True, True, False], "pages that are there")
+        for page in (1, 2, 3):
+            start = ctx.dst.page(page).start
+            expect_vcpu_sees(cpu, ctx.uffd, Range(start, PAGE_SIZE), peek(ctx.src.page(page).start, PAGE_SIZE))
 
 
 # ---- several processors --------------------------------------------------------------------------------------------
