@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from ctypes import sizeof
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from uffd_selftests.abi import kvm
 
-SIZES = {
+SIZES: dict[type[ctypes.Structure], int] = {
     kvm.Segment: 24,
     kvm.Dtable: 16,
     kvm.Sregs: 312,
@@ -52,7 +53,7 @@ REQUESTS = {  # as strace knows them
 
 
 @pytest.mark.parametrize("structure", SIZES, ids=lambda structure: structure.__name__)
-def test_sizes(structure: type) -> None:
+def test_sizes(structure: type[ctypes.Structure]) -> None:
     """Each structure is as long as the kernel's."""
     assert sizeof(structure) == SIZES[structure]
 

@@ -111,7 +111,7 @@ def test_modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             raise KernelError(errno.ENODEV, name)
         return 0
 
-    monkeypatch.setattr(kvm.syscalls, "call", call)
+    monkeypatch.setattr("uffd_selftests.abi.syscalls.call", call)
     assert kvm.load_modules(tmp_path)
     assert loaded == ["00-irqbypass", "01-kvm", "02-ccp", "03-kvm_amd"]
     assert not kvm.load_modules(tmp_path / "nothing")
