@@ -57,8 +57,17 @@ def refusing(number: int) -> Callable[[], NoReturn]:
 )
 def test_closed(monkeypatch: pytest.MonkeyPatch, number: int, reason: str) -> None:
     """Why /dev/kvm cannot be opened is told with what to do."""
+    monkeypatch.delenv(OWN_MACHINE, raising=False)
     monkeypatch.setattr(kvm, "open_kvm", refusing(number))
     assert kvm.probe_kvm() == {"reason": reason, "accesses": None}
+
+
+@X86
+def test_absent_in_a_guest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a guest it is the kernel that lacks it."""
+    monkeypatch.setenv(OWN_MACHINE, "1")
+    monkeypatch.setattr(kvm, "open_kvm", refusing(errno.ENOENT))
+    assert str(kvm.probe_kvm()["reason"]).startswith("/dev/kvm: ENOENT: boot a kernel with CONFIG_KVM, ")
 
 
 @X86

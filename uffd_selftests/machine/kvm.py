@@ -145,7 +145,9 @@ def _accesses(vm: Vm) -> str:
 def _closed(error: OSError) -> str:
     """Say why /dev/kvm cannot be opened."""
     number = error.errno or 0
-    if is_absent(number):
+    if is_absent(number) and os.environ.get(OWN_MACHINE):
+        remedy = "boot a kernel with CONFIG_KVM, built in or with its modules, on a processor with SVM or VMX"
+    elif is_absent(number):
         remedy = "load kvm_amd or kvm_intel, on a machine with SVM or VMX; a container needs --device /dev/kvm"
     else:
         remedies = {
