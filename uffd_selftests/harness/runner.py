@@ -89,6 +89,8 @@ class Runner:
         self._known_lacks: dict[tuple[int, MemType | None], list[gating.Missing]] = {}
         self._isolator: Isolator | None = None
         """Runs everything else: what is forked here has whatever other plugins left in this process."""
+        self._asked: Launcher | None = None
+        """Who has said whether a virtual processor can be had."""
         self.lost = ""
         """Why nothing more could be run, if so."""
 
@@ -127,15 +129,21 @@ class Runner:
         return gating.hugepages_needed(case, mem, self._settings.area_bytes_of(case), self._facts.hugepage_size)
 
     def _learn(self, item: pytest.Item, case: Case) -> None:
-        """Find out, before the first case that wants a virtual processor, whether one can be had."""
-        if self._facts.kvm is not None or not wants_kvm(case.needs):
+        """Find out, before the first case that wants a virtual processor, whether one can be had; on each machine."""
+        site = self._launchers(item)
+        if not wants_kvm(case.needs) or (self._facts.kvm is not None and not site.remote):
             return
         try:
-            found = self._launchers(item).ask("kvm")
+            if self._asked is site.launcher:
+                return
+            found, self._asked = site.ask("kvm"), site.launcher
+        except Spent:  # which the case is told as well
+            return
         except (OSError, EOFError, Lost):  # a kernel that dies of it: the case is to show that
-            self._launchers(item).close()
+            site.close()
             found = UNKNOWN
-        self._facts = replace(self._facts, kvm=found)
+        if self._facts.kvm is None:
+            self._facts = replace(self._facts, kvm=found)
 
     def _lacking(self, case: Case, mem: MemType | None) -> list[gating.Missing]:
         known = self._known_lacks.get((id(case), mem))
