@@ -181,7 +181,7 @@ def test_variants_are_told() -> None:
 
 @pytest.mark.parametrize("own_machine", [False, True])
 def test_machine_is_held(monkeypatch: pytest.MonkeyPatch, own_machine: bool) -> None:
-    """On a machine of its own a virtual machine is kept, one, for the kernel changes its code with the first of them."""
+    """On a machine of its own one virtual machine is kept: with the first of them the kernel changes its code."""
     held: list[int] = []
 
     def hold() -> list[int]:

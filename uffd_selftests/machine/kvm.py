@@ -97,7 +97,7 @@ def hold_machine() -> list[int]:
     """Make a virtual machine with a processor, and return descriptors to be kept: it is there as long as they are.
 
     With the first one and the last one the kernel changes its own code (static keys), which QEMU's emulated processors
-    sometimes execute half-changed when there are several of them: an Oops of int3, with 7.2 once in some dozen machines.
+    sometimes execute half-changed when there are several: an Oops of int3, with 7.2 once in some dozen of them.
     """
     system = open_kvm()
     vm = call(system, CREATE_VM, "CREATE_VM")
