@@ -4,6 +4,7 @@
 It only hands on: each name is at home in the file of ``toolkit/`` that its idea has, or in the kernel's interface.
 """
 
+from uffd_selftests.abi import kvm as kvm
 from uffd_selftests.abi import syscalls as syscalls
 from uffd_selftests.abi import uapi as uapi
 from uffd_selftests.abi.errors import *
@@ -56,3 +57,5 @@ from uffd_selftests.toolkit.sysv import *
 from uffd_selftests.toolkit.thp import *
 from uffd_selftests.toolkit.threads import *
 from uffd_selftests.toolkit.tracking import *
+from uffd_selftests.toolkit.vcpu import *
+from uffd_selftests.toolkit.vcpu_interrupts import *

@@ -177,3 +177,20 @@ def test_variants_are_told() -> None:
     variants: Any = cases.ask_survey()["variants"]
     assert "zeropage" not in variants
     assert variants["wp-mremap-thp"]
+
+
+@pytest.mark.parametrize("own_machine", [False, True])
+def test_machine_is_held(monkeypatch: pytest.MonkeyPatch, own_machine: bool) -> None:
+    """On a machine of its own one virtual machine is kept: with the first of them the kernel changes its code."""
+    held: list[int] = []
+
+    def hold() -> list[int]:
+        held.append(1)
+        return held
+
+    monkeypatch.setattr(jobs, "hold_machine", hold)
+    monkeypatch.setattr(jobs, "probe_kvm", lambda: {"reason": None, "accesses": "emulation"})
+    cases = Cases(own_machine=own_machine)
+    for _ in range(2):
+        assert cases.ask_kvm() == {"reason": None, "accesses": "emulation"}
+    assert held == [1] * own_machine

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +14,8 @@ from uffd_selftests.harness import health, jobs
 from uffd_selftests.machine.hugepages import HugepageCounts
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.harness.helpers import Run
 
 pytest_plugins = ["pytester"]
@@ -165,3 +168,65 @@ def test_deadline_scale(run: Run) -> None:
         "--deadline-scale=3",
     )
     result.stdout.fnmatch_lines(["TIMEOUT 0.3 seconds"])
+
+
+VCPU_CASES = """
+    @uffd_case("plain")
+    def test_plain():
+        pass
+
+    @uffd_case("vcpu", variants=("one", "two"), needs=("kvm",))
+    def test_vcpu(variant):
+        pass
+
+    @uffd_case("paging", needs=("kvm_paging",))
+    def test_paging():
+        pass
+"""
+
+
+@needs_userfaultfd
+@pytest.mark.parametrize(
+    ("found", "outcomes"),
+    [
+        ({"reason": "/dev/kvm: ENOENT", "accesses": None}, {"passed": 1, "skipped": 3}),
+        ({"reason": None, "accesses": "emulation"}, {"passed": 3, "skipped": 1}),
+        ({"reason": None, "accesses": "page faults"}, {"passed": 4}),
+    ],
+    ids=["absent", "emulation", "page faults"],
+)
+def test_kvm_is_tried_once(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, found: dict[str, str | None], outcomes: dict[str, int]
+) -> None:
+    """A virtual processor is tried when the first case wants one, once; who cannot have it is skipped."""
+    tried = tmp_path / "tried"
+
+    def probe_kvm() -> dict[str, str | None]:
+        with tried.open("a") as file:
+            file.write("x")
+        return found
+
+    monkeypatch.setattr(jobs, "probe_kvm", probe_kvm)
+    run(VCPU_CASES, "-k", "plain").assert_outcomes(passed=1)
+    assert not tried.exists()
+    result = run(VCPU_CASES, "-rs")
+    result.assert_outcomes(**outcomes)
+    assert tried.read_text() == "x"
+    if found["reason"]:
+        result.stdout.fnmatch_lines(["*/dev/kvm: ENOENT"])
+
+
+@needs_userfaultfd
+def test_kvm_that_cannot_be_tried(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the launcher dies of the attempt the cases run, to show why."""
+    monkeypatch.setattr(jobs, "probe_kvm", lambda: os._exit(3))
+    run(VCPU_CASES).assert_outcomes(passed=4)
+
+
+@needs_userfaultfd
+def test_kvm_can_be_required(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is required is no reason to skip."""
+    monkeypatch.setattr(jobs, "probe_kvm", lambda: {"reason": "/dev/kvm: ENOENT", "accesses": None})
+    result = run(VCPU_CASES, "--require=kvm")
+    result.assert_outcomes(passed=1, errors=2, skipped=1)
+    result.stdout.fnmatch_lines(["*kvm is required: /dev/kvm: ENOENT*"])

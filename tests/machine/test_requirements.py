@@ -27,6 +27,16 @@ def test_missing_features(facts: Facts) -> None:
     ("changes", "requirement", "reason"),
     [
         ({"swap_total": 1 << 20}, "swap", None),
+        ({"kvm": None}, "kvm", None),
+        ({"kvm": {"reason": "/dev/kvm: ENOENT", "accesses": None}}, "kvm", "/dev/kvm: ENOENT"),
+        ({"kvm": {"reason": "/dev/kvm: ENOENT", "accesses": None}}, "kvm_paging", "/dev/kvm: ENOENT"),
+        ({"kvm": {"reason": None, "accesses": "emulation"}}, "kvm", None),
+        (
+            {"kvm": {"reason": None, "accesses": "emulation"}},
+            "kvm_paging",
+            "/dev/kvm: accesses of a virtual processor are emulation here, no page faults",
+        ),
+        ({"kvm": {"reason": None, "accesses": "page faults"}}, "kvm_paging", None),
         ({"swap_total": 0}, "swap", "no swap space: swapon a file or a zram device"),
         (
             {"pmd_size": 1 << 21, "thp": {"enabled": "never"}},

@@ -34,6 +34,7 @@ def capable(found: Findings) -> Findings:
         event_fork=None,
         pagemap_scan=None,
         hugepage_size=2 << 20,
+        kvm={"reason": None, "accesses": "page faults"},
     )
     works = Outcome(Answer.WORKS)
     outcomes = {trial.name: works for trial in BY_MEMORY}

@@ -12,6 +12,7 @@ from uffd_selftests.abi.uapi import Feature
 from uffd_selftests.probe.consumers import CONSUMERS, Verdict, judge
 from uffd_selftests.probe.findings import Answer, Findings, Outcome
 from uffd_selftests.probe.report import Report
+from uffd_selftests.probe.trials import VCPU
 
 
 def test_everything_suffices(found: Report) -> None:
@@ -105,3 +106,32 @@ def test_verdict(name: str, found: Report) -> None:
     judged = verdicts(limit(capable(found.findings)))
     seen = {key: (judged[key].verdict, (judged[key].reasons or ("",))[0]) for key in expected}
     assert seen == expected
+
+
+MONITORS = (
+    "qemu-postcopy", "qemu-postcopy-shared", "qemu-postcopy-hugepages", "qemu-background-snapshot",
+    "firecracker-restore", "cloud-hypervisor-restore",
+)  # fmt: skip
+
+
+def test_no_virtual_processor(found: Report) -> None:
+    """Without KVM, monitors are told that their virtual processors were not tried, and what to do; others are not."""
+    able = without(capable(found.findings), kvm={"reason": "/dev/kvm: ENOENT: load it", "accesses": None})
+    untried = Outcome(Answer.UNTESTED, detail="/dev/kvm: ENOENT: load it")
+    for memory in ("anon", "shmem", "hugetlb", "hugetlb-private"):
+        able = failing(able, memory, VCPU, untried)
+    for key, judgement in verdicts(able).items():
+        if key in MONITORS:
+            assert judgement.verdict is Verdict.LIMITS, key
+            assert "faults of its virtual processors were not tried: /dev/kvm: ENOENT: load it" in judgement.reasons
+        else:
+            assert judgement.verdict is Verdict.YES, key
+
+
+def test_virtual_processor_hangs(found: Report) -> None:
+    """A monitor whose virtual processors hang in faults that threads have served cannot work."""
+    hanging = failing(capable(found.findings), "anon", VCPU, Outcome(Answer.HANGS))
+    judged = verdicts(hanging)
+    for key in ("qemu-postcopy", "firecracker-restore", "cloud-hypervisor-restore"):
+        assert (judged[key].verdict, judged[key].reasons) == (Verdict.NO, ("vCPU's faults on anon: hangs",))
+    assert judged["criu-lazy-pages"].verdict is Verdict.YES

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 
 from tests.machine.helpers import needs_root
+from uffd_selftests.machine import kvm
 from uffd_selftests.vm import bundle
 from uffd_selftests.vm.bundle import Archive, modules_archive
 
@@ -327,6 +328,17 @@ def test_modules(kernel_modules: Path, listed: bool) -> None:
     assert names == sorted(names)
     for path, entry in entries.items():
         assert entry.data.endswith(b"\0") and entry.data.startswith(b"\x7fELF"), path  # noqa: PT018
+
+
+def test_kvm_modules(kernel_modules: Path) -> None:
+    """KVM's modules lie in a folder of their own, from which nobody loads them before a case wants them."""
+    for name, depends in (("kvm", "irqbypass"), ("kvm-amd", "kvm,ccp,irqbypass"), ("irqbypass", ""), ("ccp", "")):
+        (kernel_modules / f"6.99/kernel/{name}.ko").write_bytes(content(name.replace("-", "_"), depends))
+    entries = read(modules_archive(kernel_modules, "6.99"))
+    names = [path.removeprefix(f"{kvm.MODULES}/") for path in entries if path.startswith(f"{kvm.MODULES}/")]
+    assert names == ["00-irqbypass.ko", "01-kvm.ko", "02-ccp.ko", "03-kvm_amd.ko"]
+    beside = [Path(path).name for path in entries if Path(path).parent == Path("/modules")]
+    assert [name for name in beside if "kvm" in name or "ccp" in name] == ["kvm"]
 
 
 def test_no_modules(kernel_modules: Path) -> None:

@@ -41,6 +41,7 @@ GROUPS = {
     "FL": "Faults: flags, addresses, signals, kernel mode",
     "EV": "Events of processes that do not cooperate",
     "PR": "Processes, descriptors passed on, other users in the kernel",
+    "KV": "Virtual processors of KVM",
     "TH": "Transparent huge pages",
     "NM": "Memory that runs out",
     "AC": "What is counted, and who pays",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A step of ``--check``: boot kernels and run upstream's cases, and those of read-write protection, in them.
+"""A step of ``--check``: boot kernels and run upstream's cases, those of read-write protection and some of KVM in them.
 
 Which: those that UFFD_TEST_KERNELS names (shell patterns between colons, ../shared/kernels/vmlinuz* by default), and
 Debian's 6.1 and 7.3 kernels, from their packages, which are kept in the cache. Whatever cannot be had here is said and
@@ -29,9 +29,12 @@ BACKPORTS = "trixie-backports"
 NEWEST = re.compile(r"linux-binary-(7\.3\.(\d+)\+deb\d+-amd64)")
 SIBLINGS = ("linux-binary", "linux-modules", "linux-base")
 
-PART = "(unit and not test_wp_fork[hugetlb-private]) or rwp or rwprotect or set_mode or accessed"
+PART = (
+    "(unit and not test_wp_fork[hugetlb-private]) or rwp or rwprotect or set_mode or accessed or "
+    "(kvm and (counting or async_told))"
+)
 """What -k chooses: upstream's cases, without the one that fails on Linux 6.1: a fork leaves a child's private huge
-pages write-protected there; and read-write protection, which is skipped before 7.3."""
+pages write-protected there; read-write protection, which is skipped before 7.3; and some of KVM's."""
 DOWNLOAD_SECONDS = 120
 RUN_SECONDS = 900
 """These cases take some minutes a kernel on an idle machine without KVM."""

@@ -26,6 +26,7 @@ from uffd_selftests.harness.isolation import Ending, How
 from uffd_selftests.harness.plain import Lacking, Passed, Task
 from uffd_selftests.machine.facts import KMSG, probe
 from uffd_selftests.machine.hugepages import HugepagePool, lack_of_hugepages
+from uffd_selftests.machine.kvm import hold_machine, probe_kvm
 from uffd_selftests.machine.repair import repair
 from uffd_selftests.machine.system import available_memory
 
@@ -79,6 +80,8 @@ class Cases:
         self._memory = 0
         self._pages = self._pages_at_first = HugepageUse(0)
         self._pool: HugepagePool | None = None
+        self._held: list[int] = []
+        """Descriptors of a virtual machine that is there as long as this one."""
         self._cleanup = contextlib.ExitStack()
         self._variants: dict[str, tuple[str, ...]] = {}
         """Those of all cases, by their names."""
@@ -121,6 +124,13 @@ class Cases:
         Variants of cases can depend on it, as on the sizes of its huge pages: where all are loaded they are told.
         """
         return {"facts": probe().to_dict(), "unreadable": self._health.unreadable, "variants": self._variants}
+
+    def ask_kvm(self) -> dict[str, str | None]:
+        """Try a virtual processor; on a machine of its own keep one, too."""
+        if self._own_machine and not self._held:
+            with contextlib.suppress(OSError):
+                self._held = hold_machine()
+        return probe_kvm()
 
     def ask_set_up(self, setting: Setting) -> dict[str, Any]:
         """Take over from pytest's process what cases can see of it, and make the machine ready."""

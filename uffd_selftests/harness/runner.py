@@ -8,6 +8,7 @@ import fcntl
 import itertools
 import json
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
@@ -20,6 +21,8 @@ from uffd_selftests.harness.jobs import Cases, Setting
 from uffd_selftests.harness.launcher import Launcher, Order
 from uffd_selftests.harness.results import GUEST, LAST, declaration, place, skipped_for
 from uffd_selftests.harness.site import Lost, Site, Spent, setting
+from uffd_selftests.machine.kvm import UNKNOWN
+from uffd_selftests.machine.requirements import wants_kvm
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -89,6 +92,8 @@ class Runner:
         self._known_lacks: dict[tuple[int, MemType | None], list[gating.Missing]] = {}
         self._isolator: Isolator | None = None
         """Runs everything else: what is forked here has whatever other plugins left in this process."""
+        self._asked: Launcher | None = None
+        """Who has said whether a virtual processor can be had."""
         self.lost = ""
         """Why nothing more could be run, if so."""
 
@@ -110,6 +115,7 @@ class Runner:
         self._following[item.nodeid] = nextitem
         if not case:
             return self._run(item, isolate=self._settings.isolate_all or bool(item.get_closest_marker("isolated")))
+        self._learn(item, case)
         if lacking := self._lacking(case, mem):
             self._refuse(item, lacking)
             return None
@@ -124,6 +130,23 @@ class Runner:
     def _hugepages(self, case: Case, mem: MemType | None) -> int:
         """Return how many huge pages a case takes."""
         return gating.hugepages_needed(case, mem, self._settings.area_bytes_of(case), self._facts.hugepage_size)
+
+    def _learn(self, item: pytest.Item, case: Case) -> None:
+        """Find out, before the first case that wants a virtual processor, whether one can be had; on each machine."""
+        site = self._launchers(item)
+        if not wants_kvm(case.needs) or (self._facts.kvm is not None and not site.remote):
+            return
+        try:
+            if self._asked is site.launcher:
+                return
+            found, self._asked = site.ask("kvm"), site.launcher
+        except Spent:  # which the case is told as well
+            return
+        except (OSError, EOFError, Lost):  # a kernel that dies of it: the case is to show that
+            site.close()
+            found = UNKNOWN
+        if self._facts.kvm is None:
+            self._facts = replace(self._facts, kvm=found)
 
     def _lacking(self, case: Case, mem: MemType | None) -> list[gating.Missing]:
         known = self._known_lacks.get((id(case), mem))
@@ -257,15 +280,20 @@ class Runner:
         self._together = [*self._together, item.result_name] if ending.rests else []
         return ending, guest
 
-    def _site_of(self, item: pytest.Item) -> Site:
-        """Return where plain cases run, made ready for them."""
+    def _launchers(self, item: pytest.Item) -> Site:
+        """Return where plain cases run, which may not be ready for them."""
         if not self._site:
             self._site = Site(lambda: Launcher.start(Cases(_describer(item.session)), self._guarded))
-        if not self._site.is_set_up:
-            self._site.set_up(self._setting(item))
-            if self._isolator:
-                self._isolator.spare(self._site.launcher.pid)
         return self._site
+
+    def _site_of(self, item: pytest.Item) -> Site:
+        """Return where plain cases run, made ready for them."""
+        site = self._launchers(item)
+        if not site.is_set_up:
+            site.set_up(self._setting(item))
+            if self._isolator:
+                self._isolator.spare(site.launcher.pid)
+        return site
 
     def _setting(self, item: pytest.Item) -> Setting:
         """Return what a launcher is to know of this run; one of another machine takes care of its huge pages."""
@@ -273,6 +301,8 @@ class Runner:
         result = setting(self._settings, self._facts, sole=self._sole, remote=remote)
         if remote:
             items = [each for each in item.session.items if isinstance(each, CaseItem)]
+            for each in items:
+                self._learn(each, each.case)
             able = [each for each in items if not self._lacking(each.case, each.mem)]
             result["hugepages"] = max((self._hugepages(each.case, each.mem) for each in able), default=0)
         return result
@@ -339,7 +369,9 @@ class Runner:
     def _is_fit(self, item: pytest.Item) -> bool:
         """Whether a test is a plain case that can run here and is over soon: it does not show how far it is."""
         case, _, mem = declaration(item)
-        return case is not None and isinstance(item, CaseItem) and not case.stress and not self._lacking(case, mem)
+        if case is None or (self._facts.kvm is None and wants_kvm(case.needs)):  # nobody knows yet
+            return False
+        return isinstance(item, CaseItem) and not case.stress and not self._lacking(case, mem)
 
     def _fork(self, item: pytest.Item) -> Ending:
         """Run a test in a child of this process."""

@@ -145,6 +145,8 @@ class Facts:
     """Reason why gup_test in debugfs cannot be opened."""
     kmsg: str | None
     """Reason why the kernel log cannot be read."""
+    kvm: dict[str, str | None] | None = None
+    """What probe_kvm() of machine/kvm.py says; None until a case wants a virtual processor."""
 
     def to_dict(self) -> dict[str, object]:
         """Return plain data, fit for JSON and xdist, from which from_dict makes the same facts again."""

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from uffd_selftests.abi.uapi import Feature
 from uffd_selftests.machine.doors import DEVICE
 from uffd_selftests.machine.facts import AS_ROOT, THP, Facts
+from uffd_selftests.machine.kvm import FAULTS
 from uffd_selftests.machine.swap import NO_SWAP
 
 PROFILE = "allow userfaultfd in the container's profile"
@@ -126,6 +127,21 @@ def _hugetlb_reason(facts: Facts) -> str | None:
     return f"huge pages of {facts.hugepage_size >> 20} MiB are too large to take several: {remedy}"
 
 
+def wants_kvm(needs: Iterable[str]) -> bool:
+    """Whether one of these has to do with virtual processors, which are only tried where that is so."""
+    return any(name.startswith("kvm") for name in needs)
+
+
+def _kvm_reason(facts: Facts, accesses: str = "") -> str | None:
+    if facts.kvm is None:  # nobody has looked, so that nothing is known to be missing
+        return None
+    if reason := facts.kvm["reason"]:
+        return reason
+    if accesses and facts.kvm["accesses"] != accesses:
+        return f"/dev/kvm: accesses of a virtual processor are {facts.kvm['accesses']} here, no {accesses}"
+    return None
+
+
 def _capability_reason(facts: Facts, name: str) -> str | None:
     if name in facts.capabilities and not facts.user_namespace:
         return None
@@ -146,6 +162,8 @@ REQUIREMENTS: dict[str, Callable[[Facts], str | None]] = {
     "user_mode_only": _user_mode_only_reason,
     "gup_test": lambda facts: facts.gup_test,
     "hugetlb": _hugetlb_reason,
+    "kvm": _kvm_reason,
+    "kvm_paging": lambda facts: _kvm_reason(facts, FAULTS),
     "pagemap": lambda facts: facts.pagemap,
     "pagemap_scan": lambda facts: facts.pagemap_scan,
     "swap": _swap_reason,

@@ -16,6 +16,7 @@ from uffd_selftests.machine.hugepages import lack_of_hugepages
 from uffd_selftests.machine.requirements import missing_features, no_userfaultfd
 from uffd_selftests.probe.access import doors
 from uffd_selftests.probe.findings import Answer, Findings
+from uffd_selftests.probe.trials import VCPU
 
 Need = Callable[[Findings], str | None]
 
@@ -116,6 +117,31 @@ def works(memory: str, *trials: str) -> Need:
     return need
 
 
+def vcpu(memory: str) -> Need:
+    """A virtual processor's fault is served, where there is KVM to try one."""
+
+    def need(findings: Findings) -> str | None:
+        return None if _untried(findings, memory) else works(memory, VCPU)(findings)
+
+    return need
+
+
+def vcpu_tried(memory: str) -> Need:
+    """A virtual processor was tried."""
+
+    def need(findings: Findings) -> str | None:
+        return _untried(findings, memory)
+
+    return need
+
+
+def _untried(findings: Findings, memory: str) -> str | None:
+    """Return why there is no answer, for lack of KVM; huge pages that are not there are another matter."""
+    reason = (findings.facts.kvm or {}).get("reason")
+    column = next((each for each in findings.columns if each.name == memory), None)
+    return reason if column and column.outcomes[VCPU].answer is Answer.UNTESTED else None
+
+
 def events(*names: str) -> Need:
     """These features of the handle work."""
 
@@ -161,6 +187,8 @@ def free_hugepages(findings: Findings) -> str | None:
 KERNEL_FAULTS = (door("device", "syscall"), works("anon", "kernel faults"))
 """A guest's memory is touched by KVM, by vhost and in system calls, so the kernel's own faults must be reported."""
 
+UNSEEN = "faults of its virtual processors were not tried"
+
 ASYNC = feature(Feature.WP_ASYNC, Feature.WP_UNPOPULATED)
 
 CONSUMERS = (
@@ -168,28 +196,40 @@ CONSUMERS = (
         "qemu-postcopy",
         "QEMU post-copy migration",
         "qemu: migration/postcopy-ram.c (postcopy_ram_supported_by_host), util/userfaultfd.c (uffd_open)",
-        (*KERNEL_FAULTS, works("anon", "COPY", "ZEROPAGE", "WAKE")),
-        (("no blocktime statistics", feature(Feature.THREAD_ID)),),
+        (*KERNEL_FAULTS, works("anon", "COPY", "ZEROPAGE", "WAKE"), vcpu("anon")),
+        (("no blocktime statistics", feature(Feature.THREAD_ID)), (UNSEEN, vcpu_tried("anon"))),
     ),
     Consumer(
         "qemu-postcopy-shared",
         "QEMU post-copy, shared memory",
         "qemu: migration/postcopy-ram.c (ram_block_enable_notify)",
-        (*KERNEL_FAULTS, feature(Feature.MISSING_SHMEM), works("shmem", "COPY", "WAKE", "kernel faults")),
+        (
+            *KERNEL_FAULTS,
+            feature(Feature.MISSING_SHMEM),
+            works("shmem", "COPY", "WAKE", "kernel faults"),
+            vcpu("shmem"),
+        ),
+        ((UNSEEN, vcpu_tried("shmem")),),
     ),
     Consumer(
         "qemu-postcopy-hugepages",
         "QEMU post-copy, huge pages",
         "qemu: migration/postcopy-ram.c (ufd_check_and_apply asks for MISSING_HUGETLBFS)",
-        (*KERNEL_FAULTS, feature(Feature.MISSING_HUGETLBFS), works("hugetlb", "COPY", "WAKE", "kernel faults")),
-        (("no memory for it now", free_hugepages),),
+        (
+            *KERNEL_FAULTS,
+            feature(Feature.MISSING_HUGETLBFS),
+            works("hugetlb", "COPY", "WAKE", "kernel faults"),
+            vcpu("hugetlb"),
+        ),
+        (("no memory for it now", free_hugepages), (UNSEEN, vcpu_tried("hugetlb"))),
     ),
     Consumer(
         "qemu-background-snapshot",
         "QEMU background snapshot",
         "qemu: migration/ram.c (ram_write_tracking_available, ram_write_tracking_compatible)",
-        (*KERNEL_FAULTS, feature(Feature.PAGEFAULT_FLAG_WP), works("anon", "WRITEPROTECT")),
+        (*KERNEL_FAULTS, feature(Feature.PAGEFAULT_FLAG_WP), works("anon", "WRITEPROTECT"), vcpu("anon")),
         (
+            (UNSEEN, vcpu_tried("anon")),
             ("not with shared memory", feature(Feature.WP_HUGETLBFS_SHMEM)),
             ("not with shared memory", works("shmem", "WRITEPROTECT")),
             ("not with huge pages", works("hugetlb", "WRITEPROTECT")),
@@ -199,19 +239,22 @@ CONSUMERS = (
         "firecracker-restore",
         "Firecracker snapshot restore",
         "firecracker: src/vmm/src/persist.rs (guest_memory_from_uffd requires EVENT_REMOVE, user_mode_only(false))",
-        (*KERNEL_FAULTS, feature(Feature.EVENT_REMOVE), works("anon", "COPY"), events("EVENT_REMOVE")),
+        (*KERNEL_FAULTS, feature(Feature.EVENT_REMOVE), works("anon", "COPY"), events("EVENT_REMOVE"), vcpu("anon")),
         (
+            (UNSEEN, vcpu_tried("anon")),
             ("a ballooned page cannot be given back as zeroes", works("anon", "ZEROPAGE")),
             ("not with huge pages", feature(Feature.MISSING_HUGETLBFS)),
             ("not with huge pages", works("hugetlb-private", "COPY", "kernel faults")),
+            ("not with huge pages", vcpu("hugetlb-private")),
         ),
     ),
     Consumer(
         "cloud-hypervisor-restore",
         "Cloud Hypervisor on-demand restore",
         "cloud-hypervisor: vmm/src/memory_manager.rs, vmm/src/userfaultfd.rs; pull requests 7800, 8165, 8694",
-        (*KERNEL_FAULTS, works("anon", "COPY", "WAKE")),
+        (*KERNEL_FAULTS, works("anon", "COPY", "WAKE"), vcpu("anon")),
         (
+            (UNSEEN, vcpu_tried("anon")),
             ("not with shared memory", works("shmem", "COPY")),
             ("no memory source over a socket", feature(Feature.MINOR_SHMEM)),
             ("no memory source over a socket", works("shmem", "CONTINUE")),

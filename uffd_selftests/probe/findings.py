@@ -17,6 +17,7 @@ from uffd_selftests.abi.uapi import ApiIoctls, Feature
 from uffd_selftests.harness.isolation import How, Isolator, Send
 from uffd_selftests.machine.facts import THP, Facts, probe
 from uffd_selftests.machine.hugepages import HugepageCounts, HugepagePool, hugepages
+from uffd_selftests.machine.kvm import probe_kvm
 from uffd_selftests.machine.requirements import no_userfaultfd
 from uffd_selftests.mem_types import ALL, ANON, MemType
 from uffd_selftests.probe.questions import QUESTIONS
@@ -146,7 +147,7 @@ class Findings:
 
 def look() -> Findings:
     """Try everything. The machine is as before afterwards; KeyboardInterrupt ends it early."""
-    facts = probe()
+    facts = dataclasses.replace(probe(), kvm=probe_kvm())
     pools = {size: hugepages(size) for size in facts.hugepage_sizes}
     with contextlib.closing(Isolator()) as isolator:
         usable = no_userfaultfd(facts) is None

@@ -29,6 +29,8 @@ MARKERS = Feature.WP_HUGETLBFS_SHMEM | Feature.WP_UNPOPULATED | Feature.WP_ASYNC
 OPTIONS_OF_NEED = {
     "gup_test": ("GUP_TEST", "DEBUG_FS"),
     "hugetlb": ("HUGETLBFS",),
+    "kvm": ("KVM",),
+    "kvm_paging": ("KVM",),
     "pagemap": ("PROC_PAGE_MONITOR",),
     "pagemap_scan": ("PROC_PAGE_MONITOR",),
     "swap": ("SWAP",),

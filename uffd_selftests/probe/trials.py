@@ -23,10 +23,11 @@ from uffd_selftests.abi.uapi import (
     RegisterMode,
     RwprotectMode,
 )
+from uffd_selftests.machine.kvm import probe_kvm
 from uffd_selftests.mem_types import MemType
 from uffd_selftests.toolkit.access import peek, poke, touch_trapped
 from uffd_selftests.toolkit.context import Context
-from uffd_selftests.toolkit.expectations import expect
+from uffd_selftests.toolkit.expectations import Skip, expect
 from uffd_selftests.toolkit.faulting import faulting
 from uffd_selftests.toolkit.handle import MINOR, MISSING, RWP, WP, Uffd
 from uffd_selftests.toolkit.handler import FaultHandler
@@ -34,7 +35,9 @@ from uffd_selftests.toolkit.memory import Advice, advise, remap, unmap
 from uffd_selftests.toolkit.messages import Fault
 from uffd_selftests.toolkit.pagemap import Pagemap
 from uffd_selftests.toolkit.processes import Child
+from uffd_selftests.toolkit.vcpu import guest, vcpu_faulting
 
+VCPU = "vCPU's faults"
 WP_FAULT = PagefaultFlag.WRITE | PagefaultFlag.WP
 WP_ASYNC = Feature.WP_ASYNC | Feature.WP_UNPOPULATED
 RWP_ASYNC = Feature.RWP | Feature.RWP_ASYNC
@@ -208,6 +211,16 @@ def kernel_faults(on: Stage) -> None:
     expect(peek(on.dst.start), b"x", "the byte that read(2) wrote")
 
 
+def vcpu_fault(on: Stage) -> None:
+    """Have a virtual processor meet the missing page: its fault is reported like any other, and served."""
+    if reason := probe_kvm()["reason"]:
+        raise Skip(reason)
+    with guest(on.dst) as processor:
+        with vcpu_faulting(processor, on.uffd, on.dst.start) as waiter:
+            on.resolve()
+        expect(waiter.result(), peek(on.src.start, 4), "what the processor read")
+
+
 BY_MEMORY = (
     Trial("COPY", copy, ioctl=RangeIoctls.COPY),
     Trial("ZEROPAGE", zeropage, ioctl=RangeIoctls.ZEROPAGE),
@@ -222,6 +235,7 @@ BY_MEMORY = (
     Trial("WP_UNPOPULATED", wp_unpopulated, mode=WP, features=Feature.WP_UNPOPULATED),
     Trial("WP_ASYNC", wp_async, mode=WP, features=WP_ASYNC),
     Trial("kernel faults", kernel_faults, kernel_faults=True),
+    Trial(VCPU, vcpu_fault, kernel_faults=True),
 )
 """Tried on every memory type."""
 

@@ -19,6 +19,7 @@ from uffd_selftests.report.model import BROKEN, OUTCOMES, Defect, Result, Run
 FOLDERS = {
     "unit": "The kernel's own uffd-unit-tests",
     "mm": "The kernel's other tests of memory management",
+    "kvm": "Virtual processors of KVM",
     "stress": "Stress, races and regressions",
 }
 """Folders of cases that are a topic of their own; the cases of ``contract`` are sorted by what they promise."""

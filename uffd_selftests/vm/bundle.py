@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from uffd_selftests.abi import native
+from uffd_selftests.machine import kvm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -114,6 +115,8 @@ WANTED_MODULES = (
     "hwpoison_inject",
 )
 """The kernel's modules that a guest loads, in this order, each after those that it needs."""
+KVM_MODULES = ("kvm_amd", "kvm_intel")
+"""Those that it loads when a case wants them (machine/kvm.py), which few runs do."""
 
 
 class Tool(NamedTuple):
@@ -431,7 +434,7 @@ def _loaded_part(data: bytes) -> bytes:
 
 
 def modules_archive(kernel_modules: Path | None, release: str) -> bytes:
-    """Return an archive, to follow the other, with the modules of a kernel that a guest loads; empty if it has none.
+    """Return an archive, to follow the other, with the modules of a kernel for a guest; empty if there are none.
 
     kernel_modules is a folder lib/modules, or a build tree. What is not there is part of the kernel, or missing
     altogether. Raises OSError, and ValueError when a module cannot be unpacked.
@@ -439,19 +442,24 @@ def modules_archive(kernel_modules: Path | None, release: str) -> bytes:
     places = [kernel_modules / release, kernel_modules] if kernel_modules else []
     marks = ("modules.order", "kernel")  # Debian has the list in another package than the modules
     place = next((place for place in places if any((place / mark).exists() for mark in marks)), None)
-    found = _modules(place) if place else {}
+    found = {
+        folder: modules
+        for folder, wanted in ((MODULES, WANTED_MODULES), (str(kvm.MODULES), KVM_MODULES))
+        if place and (modules := _modules(place, wanted))
+    }
     if not found:
         return b""
     buffer = io.BytesIO()
     archive = Archive(buffer)
-    for index, (name, data) in enumerate(found.items()):
-        archive.file(f"{MODULES}/{index:02}-{name}.ko", data)
+    for folder, modules in found.items():
+        for index, (name, data) in enumerate(modules.items()):
+            archive.file(f"{folder}/{index:02}-{name}.ko", data)
     archive.close()
     return buffer.getvalue()
 
 
-def _modules(folder: Path) -> dict[str, bytes]:
-    """Return the wanted modules of a kernel and what they depend on, in the order to load them."""
+def _modules(folder: Path, wanted: Iterable[str]) -> dict[str, bytes]:
+    """Return these modules of a kernel and what they depend on, in the order to load them."""
     listed = dict(_listed(folder))
     paths = {_module_name(path): path for path in listed or folder.rglob("*.ko*")}
     loaded: dict[str, bytes] = {}
@@ -467,7 +475,7 @@ def _modules(folder: Path) -> dict[str, bytes]:
             load(needed)
         loaded[name] = data
 
-    for name in WANTED_MODULES:
+    for name in wanted:
         load(name)
     return loaded
 

@@ -66,6 +66,7 @@ long uffd_syscall_number(const char *name)
 		NUMBER(readv),
 		NUMBER(rt_sigaction),
 		NUMBER(rt_sigprocmask),
+		NUMBER(rt_sigtimedwait),
 		NUMBER(set_robust_list),
 		NUMBER(set_tid_address),
 		NUMBER(shmat),
