@@ -6,18 +6,15 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from errno import EAGAIN, EBADF, EBUSY, EEXIST, ENOENT, ESRCH
-from pathlib import Path
 
 from uffd_selftests.case import Defect, uffd_case
 from uffd_selftests.common import (
     ANON, ASYNC, COMPANION, HUGETLB, HUGETLB_PRIVATE, KERNEL_FAULTS, MISSING, NOT_HUGETLB, PAGE_SIZE, RESTART, SHMEM,
     SUCCESS, UNREGISTERED, WP, WRITEPROTECT, Advice, Area, Channel, Child, Context, Feature, Outcomes, PageCategory,
-    Pagemap, Race, Racer, Skip, Uffd, UffdError, advise, adviser, copier, eventually, expect, expect_modes, ffi,
-    huge_area, lib, mover, page_out, peek, pmd_size, protector, require_collapse, run_race, small_area, stored_bytes,
+    Pagemap, Race, Racer, Uffd, UffdError, advise, adviser, copier, eventually, expect, expect_modes, huge_area, lib,
+    migrator, mover, page_out, peek, pmd_size, protector, require_collapse, run_race, small_area, stored_bytes,
     syscalls, toucher, undisturbed, vm_reader, waker, zeroer,
 )  # fmt: skip
-
-MPOL_MF_MOVE = 2  # include/uapi/linux/mempolicy.h
 
 
 # ---- write protection ----------------------------------------------------------------------------------------------
@@ -340,30 +337,6 @@ def test_move_pieces_said(ctx: Context) -> None:
         _, _, outcomes = move_pieces(ctx, 8)
         for moves in outcomes:
             moves.expect_only(SUCCESS, EAGAIN, EBUSY)
-
-
-def memory_nodes() -> list[int]:
-    """Return two memory nodes between which pages can be migrated; Skip where there is only one."""
-    nodes = []
-    for path in Path("/sys/devices/system/node").glob("node*/meminfo"):
-        total = next(line.split()[3] for line in path.read_text().splitlines() if "MemTotal" in line)
-        if int(total):
-            nodes.append(int(path.parent.name.removeprefix("node")))
-    if len(nodes) < 2:
-        raise Skip("one memory node only: boot with numa=fake=2, or run on a machine with several")
-    return sorted(nodes)[:2]
-
-
-def migrator(*places: int) -> Racer:
-    """A companion that migrates the pages at these addresses from node to node and back (move_pages(2))."""
-    count = len(places)
-    pages = ffi.new("uint64_t[]", places)
-    nodes = ffi.new("int[]", [node for node in memory_nodes() for _ in places])
-    status = ffi.new("int[]", count)
-    args = (0, count, *(int(ffi.cast("uintptr_t", array)) for array in (pages, nodes, status)), MPOL_MF_MOVE)
-    number, strides = syscalls.number("move_pages"), (0, 0, 0, 4 * count)
-    keeps = (pages, nodes, status)
-    return Racer("move_pages(2)", lib.UFFD_RACE_SYSCALL, number, args, strides, 2, COMPANION, keeps=keeps)
 
 
 def move_whole(uffd: Uffd, dst: int, src: int, length: int) -> None:
