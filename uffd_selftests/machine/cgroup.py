@@ -33,8 +33,8 @@ class MemoryGroup(Change):
     """
 
     FILES: ClassVar = {
-        2: {"limit": "memory.max", "peak": "memory.peak"},
-        1: {"limit": "memory.limit_in_bytes", "peak": "memory.max_usage_in_bytes"},
+        2: {"limit": "memory.max", "usage": "memory.current", "peak": "memory.peak"},
+        1: {"limit": "memory.limit_in_bytes", "usage": "memory.usage_in_bytes", "peak": "memory.max_usage_in_bytes"},
     }
 
     def __init__(self) -> None:
@@ -65,6 +65,11 @@ class MemoryGroup(Change):
     def limit(self, size: int) -> None:
         """Let the processes have so many bytes of memory; what they have beyond them goes to swap."""
         (self.path / self.FILES[self.version]["limit"]).write_text(str(size))
+
+    @property
+    def usage(self) -> int:
+        """How many bytes are charged to the group, with what its processors have charged beforehand."""
+        return int((self.path / self.FILES[self.version]["usage"]).read_text())
 
     @property
     def kills(self) -> bool:

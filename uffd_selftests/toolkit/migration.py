@@ -9,7 +9,7 @@ from pathlib import Path
 
 from uffd_selftests.abi import syscalls
 from uffd_selftests.abi.errors import KernelError
-from uffd_selftests.abi.native import ffi
+from uffd_selftests.abi.native import ffi, lib
 from uffd_selftests.abi.uapi import PM_PFN_MASK
 from uffd_selftests.mem_types import Area
 from uffd_selftests.toolkit.access import peek
@@ -18,8 +18,9 @@ from uffd_selftests.toolkit.hwpoison import declared_sound
 from uffd_selftests.toolkit.memory import Advice, advise
 from uffd_selftests.toolkit.pagemap import Pagemap
 from uffd_selftests.toolkit.processes import Child
+from uffd_selftests.toolkit.races import COMPANION, Racer
 
-__all__ = ["memory_nodes", "two_memory_nodes", "frames", "migrate"]
+__all__ = ["memory_nodes", "two_memory_nodes", "frames", "migrate", "migrator"]
 
 MPOL_MF_MOVE = 2  # include/uapi/linux/mempolicy.h
 _NODES = Path("/sys/devices/system/node")
@@ -98,3 +99,18 @@ def _to_other_node(area: Area, page: int, nodes: list[int]) -> None:
         return place(None) == other
 
     eventually(there, f"page {page} to be moved from memory node {now} to {other}")
+
+
+def migrator(*places: int) -> Racer:
+    """A companion that migrates the pages at these addresses from node to node and back (move_pages(2)).
+
+    The kernel takes many pages out of their mappings before it moves the first of them. Skip where there is one node.
+    """
+    count = len(places)
+    pages = ffi.new("uint64_t[]", places)
+    nodes = ffi.new("int[]", [node for node in two_memory_nodes() for _ in places])
+    status = ffi.new("int[]", count)
+    args = (0, count, *(int(ffi.cast("uintptr_t", array)) for array in (pages, nodes, status)), MPOL_MF_MOVE)
+    number, strides = syscalls.number("move_pages"), (0, 0, 0, 4 * count)
+    keeps = (pages, nodes, status)
+    return Racer("move_pages(2)", lib.UFFD_RACE_SYSCALL, number, args, strides, 2, COMPANION, keeps=keeps)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, ASYNC, CHECK, EACH_HUGETLB, HUGETLB, HUGETLB_PRIVATE, NEW, NONE, NOT_HUGETLB, PAGE_SIZE, PRESENT,
-    RESTART, SCAN, SHMEM, SHMEM_PRIVATE, WP, WPALLOWED, WP_MATCHING, WRITTEN, Channel, Child, Context, Feature,
-    PageCategory, Pagemap, Range, Region, Scan, Uffd, Waiter, expect, expect_scan, expect_written, fails, huge_area,
-    poke, promise, regions, require_soft_dirty, saw, swap_out, touch, tracked, two_page_tables, uapi, undisturbed,
-    write,
+    ALL, ANON, ASYNC, CHECK, EACH_HUGETLB, HUGETLB, HUGETLB_PRIVATE, MAP_ANONYMOUS, MAP_PRIVATE, NEW, NONE,
+    NOT_HUGETLB, PAGE_SIZE, PRESENT, PROT_READ, RESTART, SCAN, SHMEM, SHMEM_PRIVATE, WP, WPALLOWED, WP_MATCHING,
+    WRITTEN, Channel, Child, Context, Feature, PageCategory, Pagemap, Range, Region, Scan, Uffd, Waiter, checked,
+    expect, expect_scan, expect_written, fails, huge_area, lib, mapped, poke, promise, protect, regions,
+    require_soft_dirty, saw, swap_out, touch, tracked, two_page_tables, uapi, undisturbed, write,
 )  # fmt: skip
 
 
@@ -400,6 +400,21 @@ def test_async_scan_efault(ctx: Context) -> None:
         arg.category_mask = arg.return_mask = WRITTEN
         with promise("AS-09", what), fails(EFAULT):
             Pagemap.scan_ioctl(arg)
+    good = uapi.pm_scan_arg(size=sizeof(uapi.pm_scan_arg), start=area.start, end=area.range.end)
+    with mapped(PAGE_SIZE, flags=MAP_PRIVATE | MAP_ANONYMOUS) as page:
+        poke(page.start, bytes(good))
+        protect(page, PROT_READ)
+        for what, address in (("argument that cannot be written", page.start), ("argument in nothing", 0)):
+            with promise("AS-09", what), fails(EFAULT):
+                scan_at(address)
+    found = Pagemap.scan(area.range, WRITTEN, flags=CHECK)
+    expect_scan(area, found, Scan(regions(area, {1}), area.range.end), "AS-09: pages written, after all that")
+
+
+def scan_at(address: int) -> None:
+    """PAGEMAP_SCAN with an argument anywhere."""
+    with open("/proc/self/pagemap", "rb") as file:
+        checked(lib.uffd_ioctl(file.fileno(), uapi.PAGEMAP_SCAN, address), "PAGEMAP_SCAN")
 
 
 @uffd_case("async-scan-end", mem=(ANON,), features=ASYNC, needs=SCAN, pages=3, rows=("AS-09",), kind=Kind.DETAIL)

@@ -15,8 +15,8 @@ from uffd_selftests.common import (
     MAP_SHARED, NEW, NOT_HUGETLB, PAGE_SIZE, READ_TRAPPED, RWP, SHMEM, SYNC_RWP, WRITE_TRAPPED, Advice, Area, Channel,
     Child, Context, Feature, PagefaultFlag, Pagemap, Range, Skip, Uffd, advise, eventually, expect, expect_rwp_free,
     expect_rwp_trapped, expect_sweep, fails, faulting, ffi, folios, frames, huge_area, hugepage_file, hugepage_sizes,
-    hugepages, mapped, migrate, monitored, outcome, page_numbers, peek, pmd_mapped, poke, promise, require_soft_dirty,
-    resident, rwp_filled, rwp_protected, rwp_trapped, smaps_bytes, syscalls, uapi, undisturbed,
+    hugepages, mapped, migrate, monitored, outcome, own_memory_group, page_numbers, peek, pmd_mapped, poke, promise,
+    require_soft_dirty, resident, rwp_filled, rwp_protected, rwp_trapped, smaps_bytes, syscalls, uapi, undisturbed,
 )  # fmt: skip
 
 MCL_CURRENT = 1
@@ -345,6 +345,31 @@ def test_rwprotect_thp_counts(ctx: Context) -> None:
     expect(after, before, "counts but AnonHugePages, after protecting a part of one")
     expect(pmd_mapped(area.range), area.range.len // 2, "bytes mapped by huge pages, after that")
     area.expect_pattern_of(area)
+
+
+@uffd_case(
+    "rwprotect-charged", mem=(ANON, SHMEM), features=SYNC_RWP, pages=2048, rows=("RW-71",), kind=Kind.DETAIL
+)  # fmt: skip
+def test_rwprotect_charged(ctx: Context) -> None:
+    """What is charged to the memory cgroup stays charged when it is protected or resolved, and is charged once."""
+    area = ctx.dst
+    with own_memory_group() as group:
+
+        def life(_: Channel) -> None:
+            group.join()
+            area.fill()
+            with Uffd.open(SYNC_RWP) as uffd:
+                uffd.register(area.range, RWP)
+                before = group.usage
+                expect(before >= area.range.len, True, f"RW-71: whether {before} bytes charged are all of the area")
+                for step in (uffd.rwprotect, uffd.rwprotect, uffd.resolve, uffd.rwprotect, uffd.unregister):
+                    step(area.range)
+                    change = group.usage - before  # a processor takes and gives back some pages at a time
+                    expect(abs(change) < area.range.len // 4, True, f"RW-71: {change} bytes more, {step.__name__}")
+            area.expect_pattern_of(area)
+
+        with Child(life):
+            pass
 
 
 @uffd_case(

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from errno import EPERM
 from functools import partial
+from signal import SIGBUS
 
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    ALL, ANON, ASYNC, CHECK, EACH_HUGETLB, NOT_HUGETLB, PAGE_SIZE, PRESENT, RESTART, SCAN, SHMEM, SHMEM_PRIVATE, WP,
-    WPALLOWED, WRITTEN, Advice, Area, Context, PageCategory, Pagemap, Range, Scan, Skip, advise, expect, expect_scan,
-    expect_written, fails, keep_small, pages_in, promise, regions, swap_out, touch, tracked, uapi, undisturbed, unmap,
-    write,
+    ALL, ANON, ASYNC, CHECK, EACH_HUGETLB, MISSING, NOT_HUGETLB, PAGE_SIZE, PRESENT, RESTART, SCAN, SHMEM,
+    SHMEM_PRIVATE, WP, WPALLOWED, WRITTEN, Advice, Area, Context, Feature, PageCategory, Pagemap, Range, Scan, Skip,
+    advise, expect, expect_scan, expect_signals, expect_written, fails, keep_small, pages_in, promise, regions,
+    swap_out, touch, tracked, uapi, undisturbed, unmap, write,
 )  # fmt: skip
 
 SWAPPED = PageCategory.SWAPPED
@@ -192,6 +193,56 @@ def test_scan_limit_hole(ctx: Context) -> None:
             done += limit
             Pagemap.expect_protected(area, range(done), "after that")
     expect_written(area, range(done, area.nr_pages), "AS-07: pages written, after all that")
+
+
+@uffd_case("scan-room-hole", mem=NOT_HUGETLB, features=ASYNC, needs=SCAN, pages=1, rows=("AS-07", "AS-18"))
+def test_scan_room_hole(ctx: Context) -> None:
+    """Where the room ends in front of memory without a page table, that is not protected, and the next scan has it."""
+    per_table = PAGE_SIZE // 8
+    area = ctx.allocate(3 * per_table)
+    keep_small(area.range)
+    first = -(area.start // PAGE_SIZE) % per_table  # of a page table; the one behind it has no page
+    area.fill(first, per_table)
+    ctx.uffd.register(area.range, WP)
+    where, there = area.page(first, per_table + 5), range(first, first + per_table)
+    behind = range(there.stop, there.stop + 5)
+    for scanned, told, returned in ((where, there, WRITTEN | PRESENT), (area.page(behind.start, 5), behind, WRITTEN)):
+        found = Pagemap.scan(scanned, WRITTEN, returned=WRITTEN | PRESENT, flags=RESTART, room=1)
+        with promise("AS-07", f"from page {told.start} on"):
+            wanted = Scan(regions(area, told, returned), area.start + told.stop * PAGE_SIZE)
+            expect_scan(area, found, wanted, "pages written, protecting them, with room for one region")
+            Pagemap.expect_protected(area, range(first, told.stop), "after that")
+    write(ctx.uffd, area, first, behind.start)
+    written = {*range(area.nr_pages)} - {*there, *behind} | {first, behind.start}
+    expect_written(area, written, "AS-18: pages written, after writes to the first and to one that was a hole")
+    undisturbed(ctx.uffd, partial(area.expect_pattern_of, area, first, per_table))
+
+
+@uffd_case("scan-poisoned", mem=ALL, features=ASYNC | Feature.POISON, needs=SCAN, pages=5, rows=("AS-04", "PO-07"))
+def test_scan_poisoned(ctx: Context) -> None:
+    """A scan that protects leaves poison what it is, protects what is around it, and ends."""
+    area, uffd = ctx.dst, ctx.uffd
+    for page in (0, 2, 4):
+        area.fill(page, 1)
+    uffd.register(area.range, WP | MISSING)
+    for page in (1, 3):
+        uffd.poison(area.page(page))
+    for number in range(2):
+        found = Pagemap.scan(area.range, WRITTEN, flags=RESTART)
+        with promise("AS-04", f"scan {number}"):
+            sound = [page for page in pages_in(area, found.regions) if page in (0, 2, 4)]
+            expect(sound, [] if number else [0, 2, 4], "pages that are there and written")
+            expect(found.walk_end, area.range.end, "walk_end")
+            marks = Pagemap.have(area.range, uapi.PM_UFFD_WP, area.page_size)
+            expect([marks[page] for page in (0, 2, 4)], [True] * 3, "whether pages 0, 2, 4 are protected")
+    for page in (1, 3):
+        for store in (False, True):
+            expect_signals(area.page(page), area.page_size, SIGBUS, f"poisoned page {page}", write=store)
+    write(uffd, area, 2)
+    sound = [page for page in pages_in(area, Pagemap.scan(area.range, WRITTEN).regions) if page in (0, 2, 4)]
+    expect(sound, [2], "AS-04: pages that are there and written, after a write to page 2")
+    for page in (0, 2, 4):
+        undisturbed(uffd, partial(area.expect_pattern_of, area, page, 1))
 
 
 STALE_END = Defect(

@@ -6,10 +6,13 @@ from __future__ import annotations
 
 from uffd_selftests.case import uffd_case
 from uffd_selftests.common import (
-    ANON, ASYNC, CHECK, PAGE_SIZE, PRESENT, RESTART, SCAN, SHMEM, THP, WP, WRITTEN, Advice, Context, Pagemap, Scan,
-    Skip, advise, expect, expect_scan, expect_written, huge_area, pages_in, pmd_mapped, pmd_size, promise, regions,
-    touch, undisturbed, unmap, write,
+    ANON, ASYNC, CHECK, NONE, PAGE_SIZE, PRESENT, RESTART, SCAN, SHMEM, THP, WP, WRITTEN, Advice, Context, PageCategory,
+    Pagemap, Scan, Skip, advise, expect, expect_scan, expect_written, huge_area, pages_in, pmd_mapped, pmd_size,
+    promise, regions, touch, undisturbed, unmap, write,
 )  # fmt: skip
+
+FILE, HUGE = PageCategory.FILE, PageCategory.HUGE
+
 
 def require_small_thp() -> None:
     """Skip where three huge pages would take too long to fill."""
@@ -120,3 +123,33 @@ def test_scan_thp_mixed(ctx: Context) -> None:
     Pagemap.expect_protected(area, range(4 * whole), "AS-04: after that")
     undisturbed(uffd, lambda: area.expect_pattern_of(area, 0, 2 * whole))
     undisturbed(uffd, lambda: area.expect_zero(2 * whole))
+
+
+@uffd_case("scan-thp-file", mem=(ANON, SHMEM), features=ASYNC, needs=("thp", *SCAN), pages=1, rows=("AS-03", "AS-04"))
+def test_scan_thp_file(ctx: Context) -> None:
+    """A huge page is told to be of a file or not, whatever else is asked, and protected by such a scan as by others."""
+    area = huge_area(ctx)
+    ctx.uffd.register(area.range, WP)
+    every = range(area.nr_pages)
+    kind = HUGE | PRESENT | (FILE if ctx.mem.shared else NONE)
+    asked = WRITTEN | FILE | PRESENT | HUGE
+    found = Pagemap.scan(area.range, WRITTEN, returned=asked, flags=CHECK)
+    expect_scan(area, found, Scan(regions(area, every, kind | WRITTEN), area.range.end), "AS-03: categories")
+    of_file = Pagemap.scan(area.range, FILE)
+    expect(pages_in(area, of_file.regions), list(every) if ctx.mem.shared else [], "AS-03: pages of a file")
+    of_none = Pagemap.scan(area.range, FILE, inverted=FILE)
+    expect(pages_in(area, of_none.regions), [] if ctx.mem.shared else list(every), "AS-03: pages of no file")
+    found = Pagemap.scan(area.range, WRITTEN, returned=asked, flags=RESTART)
+    expect_scan(area, found, Scan(regions(area, every, kind | WRITTEN), area.range.end), "AS-04: while protecting")
+    Pagemap.expect_protected(area, every, "AS-04: after that")
+    with promise("AS-04", "of protected pages, which are asked for as well"):
+        part = area.page(3, area.nr_pages - 5)
+        for where in (area.range, part):
+            size = pmd_mapped(area.range)
+            found = Pagemap.scan(where, anyof=PRESENT | WRITTEN, returned=PRESENT | WRITTEN | FILE, flags=RESTART)
+            inside = every if where == area.range else range(3, area.nr_pages - 2)
+            expect_scan(area, found, Scan(regions(area, inside, kind & ~HUGE), where.end), "categories")
+            Pagemap.expect_protected(area, every, "after that")
+            expect(pmd_mapped(area.range), size, "bytes mapped as huge pages, as nothing was to be done")
+    undisturbed(ctx.uffd, lambda: area.expect_pattern_of(area))
+    Pagemap.expect_protected(area, every, "AS-04: after reads")

@@ -11,12 +11,10 @@ from uffd_selftests.case import Defect, uffd_case
 from uffd_selftests.common import (
     ANON, ASYNC, COMPANION, HUGETLB, HUGETLB_PRIVATE, KERNEL_FAULTS, MISSING, NOT_HUGETLB, PAGE_SIZE, RESTART, SHMEM,
     SUCCESS, UNREGISTERED, WP, WRITEPROTECT, Advice, Area, Channel, Child, Context, Feature, Outcomes, PageCategory,
-    Pagemap, Race, Racer, Uffd, UffdError, advise, adviser, copier, eventually, expect, expect_modes, ffi, huge_area,
-    lib, mended, mover, page_out, peek, pmd_size, protector, require_collapse, run_race, small_area, stored_bytes,
-    syscalls, toucher, two_memory_nodes, undisturbed, vm_reader, waker, zeroer,
+    Pagemap, Race, Racer, Uffd, UffdError, advise, adviser, copier, eventually, expect, expect_modes, huge_area, lib,
+    mended, migrator, mover, page_out, peek, pmd_size, protector, require_collapse, run_race, small_area,
+    stored_bytes, syscalls, toucher, undisturbed, vm_reader, waker, zeroer,
 )  # fmt: skip
-
-MPOL_MF_MOVE = 2  # include/uapi/linux/mempolicy.h
 
 
 # ---- write protection ----------------------------------------------------------------------------------------------
@@ -340,18 +338,6 @@ def test_move_pieces_said(ctx: Context) -> None:
         with mended(ctx.uffd):
             for moves in outcomes:
                 moves.expect_only(SUCCESS, EAGAIN, EBUSY)
-
-
-def migrator(*places: int) -> Racer:
-    """A companion that migrates the pages at these addresses from node to node and back (move_pages(2))."""
-    count = len(places)
-    pages = ffi.new("uint64_t[]", places)
-    nodes = ffi.new("int[]", [node for node in two_memory_nodes() for _ in places])
-    status = ffi.new("int[]", count)
-    args = (0, count, *(int(ffi.cast("uintptr_t", array)) for array in (pages, nodes, status)), MPOL_MF_MOVE)
-    number, strides = syscalls.number("move_pages"), (0, 0, 0, 4 * count)
-    keeps = (pages, nodes, status)
-    return Racer("move_pages(2)", lib.UFFD_RACE_SYSCALL, number, args, strides, 2, COMPANION, keeps=keeps)
 
 
 def move_whole(uffd: Uffd, dst: int, src: int, length: int) -> None:
