@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 from uffd_selftests.case import Defect, Kind, uffd_case
 from uffd_selftests.common import (
-    AGAINST_ACCESS, AGAINST_WRITES, ALL, ANON, ASYNC, NOT_HUGETLB, PAGE_SIZE, PRESENT, RESTART, SCAN, SHMEM, SYNC_RWP,
-    WP, WRITEPROTECT, WRITTEN, Area, Context, PageCategory, Pagemap, Protection, Race, Uffd, expect, expect_sweep,
-    huge_area, migrator, page_numbers, pages_in, pmd_mapped, promise, saw, touch, uapi, undisturbed, write,
+    AGAINST_ACCESS, AGAINST_WRITES, ALL, ANON, ASYNC, EACH_HUGETLB, NOT_HUGETLB, PAGE_SIZE, PRESENT, RESTART, SCAN,
+    SHMEM, SYNC_RWP, WP, WRITEPROTECT, WRITTEN, Area, Context, PageCategory, Pagemap, Protection, Race, Uffd, expect,
+    expect_sweep, huge_area, migrator, page_numbers, pages_in, pmd_mapped, promise, saw, touch, uapi, undisturbed,
+    write,
 )  # fmt: skip
 
 MANY = 128
@@ -156,12 +157,32 @@ def track_while_migrating(ctx: Context, area: Area) -> None:
 
 
 @uffd_case(
-    "scan-migrating", mem=ALL, features=ASYNC, needs=SCAN, pages=4, spare_hugepages=4, rows=("AS-03", "AS-04"),
-    kind=Kind.DETAIL, smp=True,
+    "scan-migrating", mem=NOT_HUGETLB, features=ASYNC, needs=SCAN, pages=4, rows=("AS-03", "AS-04"), kind=Kind.DETAIL,
+    smp=True,
 )  # fmt: skip
 def test_scan_migrating(ctx: Context) -> None:
     """A page that the kernel moves is reported in each scan, as written or not, and is protected on its way."""
     with promise("AS-03 AS-04"):
+        track_while_migrating(ctx, moving_area(ctx))
+
+
+HOLE = Defect(
+    id="D-AS-32",
+    summary="PAGEMAP_SCAN without PM_SCAN_WP_MATCHING looks at huge pages without their lock: one that the kernel is just "
+    "moving to other memory (as compaction does) seems to be a hole, neither there nor written",
+    kernels="7.3.4",
+    advice="scan again, or with PM_SCAN_WP_MATCHING, before a huge page that is not reported counts as missing or clean",
+    shows=r"AS-32: (pages reported|pages written|page \d+, .*: present)",
+)
+
+
+@uffd_case(
+    "scan-migrating-huge", mem=EACH_HUGETLB, features=ASYNC, needs=SCAN, pages=4, spare_hugepages=4, rows=("AS-32",),
+    smp=True, defect=HOLE,
+)  # fmt: skip
+def test_scan_migrating_huge(ctx: Context) -> None:
+    """A huge page that the kernel moves is reported in each scan, as written or not, and never as a hole."""
+    with promise("AS-32"):
         track_while_migrating(ctx, moving_area(ctx))
 
 
