@@ -18,7 +18,7 @@ from uffd_selftests.common import (
 
 MANY = 128
 """Small pages that are moved in one go."""
-ROUNDS = 150
+ROUNDS, HUGE_ROUNDS = 150, 40
 ENOUGH = 8
 """Rounds that met a page on its way; then it is enough."""
 FILE, SWAPPED, HUGE = PageCategory.FILE, PageCategory.SWAPPED, PageCategory.HUGE
@@ -39,7 +39,7 @@ def while_migrating(area: Area, step: Callable[[], None]) -> None:
     met = 0
     with Race(migrator(*range(area.start, area.range.end, area.page_size))) as race:
         race.reached(0, 2)
-        for _ in range(ROUNDS):
+        for _ in range(HUGE_ROUNDS if area.page_size > PAGE_SIZE else ROUNDS):
             met += any(Pagemap.have(area.range, uapi.PM_SWAP, area.page_size))
             step()
             if met == ENOUGH:
@@ -168,10 +168,10 @@ def test_scan_migrating(ctx: Context) -> None:
 
 HOLE = Defect(
     id="D-AS-32",
-    summary="PAGEMAP_SCAN without PM_SCAN_WP_MATCHING looks at huge pages without their lock: one that the kernel is just "
-    "moving to other memory (as compaction does) seems to be a hole, neither there nor written",
+    summary="PAGEMAP_SCAN without PM_SCAN_WP_MATCHING looks at huge pages without their lock: one that the kernel is "
+    "just moving to other memory (as compaction does) seems to be a hole, neither there nor written",
     kernels="7.3.4",
-    advice="scan again, or with PM_SCAN_WP_MATCHING, before a huge page that is not reported counts as missing or clean",
+    advice="scan again, or with PM_SCAN_WP_MATCHING, before a huge page not reported counts as missing or clean",
     shows=r"AS-32: (pages reported|pages written|page \d+, .*: present)",
 )
 
