@@ -45,6 +45,9 @@ GROUPS = {
     "TH": "Transparent huge pages",
     "NM": "Memory that runs out",
     "AC": "What is counted, and who pays",
+    "CG": "Control groups",
+    "NU": "Memory nodes",
+    "KS": "Pages that are merged (KSM)",
     "HI": "History",
     "DM": "The manual page's program",
 }

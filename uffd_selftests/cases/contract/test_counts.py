@@ -276,7 +276,7 @@ def test_counts_faults(ctx: Context) -> None:
 # ---- who pays ------------------------------------------------------------------------------------------------------
 
 
-@uffd_case("charge-remote", mem=NOT_HUGETLB, pages=3, rows=("AC-03",), kind=Kind.DETAIL)
+@uffd_case("charge-remote", mem=NOT_HUGETLB, pages=3, rows=("CG-01", "AC-03"), kind=Kind.DETAIL)
 def test_charge_remote(ctx: Context) -> None:
     """What a monitor in another process fills is charged to the memory cgroup of the process whose memory it is."""
     area, src = ctx.allocate(2 * MANY), ctx.allocate(2 * MANY)

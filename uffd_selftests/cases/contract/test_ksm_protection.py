@@ -50,9 +50,9 @@ def merged_area(ctx: Context) -> Area:
 # ---- protected, then merged ----------------------------------------------------------------------------------------
 
 MERGED_AWAY = Defect(
-    id="D-WP-38",
+    id="D-KS-01",
     summary="a protected page that is merged with an equal one (KSM) loses its protection: nobody is told of writes",
-    kernels="6.18.15, 7.3.4",
+    kernels="6.1.192, 6.12.117, 6.18.15, 7.3.4",
     advice="advise memory that is watched MADV_UNMERGEABLE before it is registered",
     shows=r"after merging: expected PM_UFFD_WP in pagemap on exactly these pages: 1-2, 4-5, got ",
 )
@@ -73,7 +73,7 @@ def check_merging(ctx: Context, guard: Protection) -> None:
 
 
 @uffd_case(
-    "ksm-merge-writeprotected", mem=(ANON,), features=WRITEPROTECT, needs=NEEDS, pages=6, rows=("WP-38",),
+    "ksm-merge-writeprotected", mem=(ANON,), features=WRITEPROTECT, needs=NEEDS, pages=6, rows=("KS-01", "WP-38"),
     kind=Kind.DETAIL, defect=MERGED_AWAY,
 )  # fmt: skip
 def test_ksm_merge_writeprotected(ctx: Context) -> None:
@@ -82,7 +82,7 @@ def test_ksm_merge_writeprotected(ctx: Context) -> None:
 
 
 @uffd_case(
-    "ksm-merge-rwprotected", mem=(ANON,), features=SYNC_RWP, needs=NEEDS, pages=6, rows=("WP-38",),
+    "ksm-merge-rwprotected", mem=(ANON,), features=SYNC_RWP, needs=NEEDS, pages=6, rows=("KS-01", "WP-38"),
     kind=Kind.DETAIL, defect=MERGED_AWAY,
 )  # fmt: skip
 def test_ksm_merge_rwprotected(ctx: Context) -> None:
@@ -165,7 +165,7 @@ def check_unmerging(ctx: Context, guard: Protection) -> None:
 
 
 @uffd_case(
-    "ksm-unmerge-writeprotected", mem=(ANON,), features=WRITEPROTECT, needs=NEEDS, pages=6, rows=("WP-07",),
+    "ksm-unmerge-writeprotected", mem=(ANON,), features=WRITEPROTECT, needs=NEEDS, pages=6, rows=("KS-02", "WP-07"),
     bugs=(63,), kind=Kind.DETAIL,
 )  # fmt: skip
 def test_ksm_unmerge_writeprotected(ctx: Context) -> None:
