@@ -26,6 +26,7 @@ from uffd_selftests.harness.isolation import Ending, How
 from uffd_selftests.harness.plain import Lacking, Passed, Task
 from uffd_selftests.machine.facts import KMSG, probe
 from uffd_selftests.machine.hugepages import HugepagePool, lack_of_hugepages
+from uffd_selftests.machine.hugetlb_cgroup import hugetlb_limit
 from uffd_selftests.machine.kvm import hold_machine, probe_kvm
 from uffd_selftests.machine.repair import repair
 from uffd_selftests.machine.system import available_memory
@@ -76,6 +77,8 @@ class Cases:
         self._own_machine = own_machine
         self._kmsg = -1
         self._hugepage_size = 0
+        self._limited = False
+        """A cgroup has a limit on huge pages."""
         self._sole = False
         self._memory = 0
         self._pages = self._pages_at_first = HugepageUse(0)
@@ -144,6 +147,7 @@ class Cases:
             sys.path[:] = setting["path"]
         os.environ.update(setting["environ"])
         self._hugepage_size = setting["hugepage_size"]
+        self._limited = hugetlb_limit(self._hugepage_size) is not None
         self._sole = setting["sole"]
         if setting.get("kmsg") and self._kmsg < 0:
             self._kmsg = os.open(KMSG, os.O_WRONLY | os.O_CLOEXEC)
@@ -192,7 +196,8 @@ class Cases:
 
     def _lack(self, pages: int) -> str | None:
         self._pages = HugepageUse(self._hugepage_size if pages else 0)
-        return lack_of_hugepages(self._hugepage_size, pages) if self._pages.available < pages else None
+        looks = self._limited or self._pages.available < pages  # to look at limits in each case's time would cost
+        return lack_of_hugepages(self._hugepage_size, pages) if looks else None
 
     def begin(self, task: list[Any], *, early: bool) -> Ending | None:
         """Look for huge pages; a case may be early while the kernel is silent."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from uffd_selftests.abi.errors import errno_name
+from uffd_selftests.machine.hugetlb_cgroup import hugetlb_limit
 from uffd_selftests.machine.journal import Change, Journal, say, undoable
 from uffd_selftests.machine.system import available_memory, number
 
@@ -71,6 +72,10 @@ def lack_of_hugepages(size: int, wanted: int, *, claimed: int = 0, why: str = ""
 
     claimed pages are free but spoken for; why says what kept the pool from growing.
     """
+    limit = hugetlb_limit(size) if wanted else None
+    if limit and limit.pages < wanted:
+        allowed = f"the cgroup allows {limit.pages} more: raise {limit.file}"
+        return f"needs {wanted} huge pages of {size // 1024} kB, {allowed}"
     counts = hugepages(size)
     available = max(0, counts.available - claimed)
     if available >= wanted:

@@ -13,6 +13,7 @@ from enum import Enum
 
 from uffd_selftests.abi.uapi import Feature
 from uffd_selftests.machine.hugepages import lack_of_hugepages
+from uffd_selftests.machine.hugetlb_cgroup import hugetlb_limit
 from uffd_selftests.machine.requirements import missing_features, no_userfaultfd
 from uffd_selftests.probe.access import doors
 from uffd_selftests.probe.findings import Answer, Findings
@@ -178,7 +179,8 @@ def free_hugepages(findings: Findings) -> str | None:
     """There are huge pages of the default size that nobody uses."""
     size = findings.facts.hugepage_size
     if size and findings.pools[size].available > 0:
-        return None
+        limit = hugetlb_limit(size)
+        return f"the cgroup allows no more huge pages: raise {limit.file}" if limit and not limit.pages else None
     return lack_of_hugepages(size, 1) if size else "no huge pages: boot a kernel with CONFIG_HUGETLBFS"
 
 

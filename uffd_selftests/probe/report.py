@@ -12,6 +12,7 @@ from typing import Any
 
 from uffd_selftests import __version__
 from uffd_selftests.machine.doors import DEVICE
+from uffd_selftests.machine.hugetlb_cgroup import hugetlb_limit
 from uffd_selftests.machine.requirements import no_userfaultfd
 from uffd_selftests.mem_types import Backing
 from uffd_selftests.probe.access import SYSCTL, doors
@@ -144,6 +145,9 @@ class Report:
             for each, counts in self.findings.pools.items()
         )
         yield "huge pages: " + ("; ".join(pools) or "none")
+        for each in facts.hugepage_sizes:
+            if limit := hugetlb_limit(each):
+                yield from wrapped(f"  of {size(each)} the cgroup allows {limit.pages} more: {limit.file}", 4)
         yield f"swap: {size(facts.swap_total) if facts.swap_total else 'none'}; memory: {size(facts.memory)}"
         yield f"/proc/self/pagemap: {facts.pagemap or 'yes'}; PAGEMAP_SCAN: {facts.pagemap_scan or 'yes'}"
 
