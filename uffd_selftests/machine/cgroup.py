@@ -37,7 +37,9 @@ class MemoryGroup(Change):
         1: {"limit": "memory.limit_in_bytes", "usage": "memory.usage_in_bytes", "peak": "memory.max_usage_in_bytes"},
     }
 
-    def __init__(self) -> None:
+    def __init__(self, *more: str) -> None:
+        """With ``more`` controllers than that of memory, which version 1 has elsewhere."""
+        self._controllers = ("memory", *more)
         self.version = 0
         self.path = Path()
 
@@ -46,11 +48,14 @@ class MemoryGroup(Change):
         self.path = root / GROUP.format(os.getpid())
         control = root / "cgroup.subtree_control"
         with self._changing() as journal:
-            enable = self.version == 2 and "memory" not in control.read_text().split()
-            ours = enable or _controlled(journal, str(control))
-            self._entry = journal.add(_GroupRecord(str(self.path), str(control) if ours else ""))
-            if enable:
-                control.write_text("+memory")
+            if self.version == 1 and self._controllers[1:]:
+                raise OSError(errno.ENOENT, f"no cgroup of version 2 with {' and '.join(self._controllers)}")
+            missing = set(self._controllers) - set(control.read_text().split()) if self.version == 2 else set()
+            ours = sorted(missing | _controlled(journal, str(control)))
+            record = _GroupRecord(str(self.path), str(control) if ours else "", " ".join(ours))
+            self._entry = journal.add(record)
+            for controller in sorted(missing):
+                control.write_text(f"+{controller}")
             self.path.mkdir()
         return self
 
@@ -133,9 +138,9 @@ class MemoryGroup(Change):
         return {**faults, "oom_kill": kills.get("oom_kill", 0), "used": used, "kernel": kernel}
 
 
-def _controlled(journal: Journal, path: str) -> bool:
-    """Whether memory was put under control in this file for the cgroup of a running process."""
-    return any(record.control == path for record in journal.records(_GroupRecord))
+def _controlled(journal: Journal, path: str) -> set[str]:
+    """Return what was put under control in this file for cgroups of running processes."""
+    return {name for each in journal.records(_GroupRecord) if each.control == path for name in each.controllers.split()}
 
 
 def _memory_hierarchy() -> tuple[Path, int]:
@@ -158,14 +163,15 @@ def _members(group: Path) -> list[int]:
 @undoable
 @dataclass(frozen=True)
 class _GroupRecord:
-    """A memory cgroup, and where memory was put under control for it, if anywhere."""
+    """A memory cgroup, where something was put under control for it, if anywhere, and what."""
 
     kind: ClassVar[str] = "cgroup"
     path: str
     control: str = ""
+    controllers: str = "memory"
 
     def __post_init__(self) -> None:
-        if not all(isinstance(text, str) for text in (self.path, self.control)):
+        if not all(isinstance(text, str) for text in (self.path, self.control, self.controllers)):
             raise TypeError
 
     def undo(self, _journal: Journal, _entry: Entry) -> str | None:
@@ -175,8 +181,9 @@ class _GroupRecord:
         if there:
             _clear(group)
         if self.control and not any(group.parent.glob(GROUP.format("*"))):
-            with contextlib.suppress(OSError):  # somebody else uses it by now
-                Path(self.control).write_text("-memory")
+            for controller in self.controllers.split():
+                with contextlib.suppress(OSError):  # somebody else uses it by now
+                    Path(self.control).write_text(f"-{controller}")
         return f"removed the cgroup {group}" if there else None
 
 

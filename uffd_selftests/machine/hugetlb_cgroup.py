@@ -32,7 +32,7 @@ def hugetlb_limit(size: int) -> Limit | None:
 
 def _limits(group: Path, size: int) -> Iterator[Limit]:
     """Yield what a group allows, of pages in use and of pages reserved, by whichever version it is of."""
-    label = f"hugetlb.{_label(size)}"
+    label = f"hugetlb.{hugepage_label(size)}"
     for limit, usage in (
         ("max", "current"),
         ("rsvd.max", "rsvd.current"),
@@ -45,7 +45,7 @@ def _limits(group: Path, size: int) -> Iterator[Limit]:
             yield Limit(max(0, allowed - (_bytes(group / f"{label}.{usage}") or 0)) // size, file)
 
 
-def _label(size: int) -> str:
+def hugepage_label(size: int) -> str:
     """Return the size as the files are called (hugetlb_cgroup.c: mem_fmt)."""
     for shift, unit in ((30, "GB"), (20, "MB")):
         if size >> shift:

@@ -86,11 +86,14 @@ class Refusal:
 
 
 @contextmanager
-def own_memory_group() -> Iterator[MemoryGroup]:
-    """Have a memory cgroup, empty yet, whose processes end with the block; Skip where there is none to be had."""
+def own_memory_group(*more: str) -> Iterator[MemoryGroup]:
+    """Have a memory cgroup, empty yet, whose processes end with the block; Skip where there is none to be had.
+
+    With ``more`` controllers than that of memory.
+    """
     with ExitStack() as stack:
         try:
-            group = stack.enter_context(MemoryGroup())
+            group = stack.enter_context(MemoryGroup(*more))
         except OSError as error:
             raise Skip(f"needs a memory cgroup of its own, as root: {error.strerror}") from None
         yield group
