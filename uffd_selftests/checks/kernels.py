@@ -31,10 +31,13 @@ SIBLINGS = ("linux-binary", "linux-modules", "linux-base")
 
 PART = (
     "(unit and not test_wp_fork[hugetlb-private]) or rwp or rwprotect or set_mode or accessed or "
-    "(kvm and (counting or async_told))"
+    "(kvm and (counting or async_told)) or test_placement or test_charges or test_handed_on"
 )
 """What -k chooses: upstream's cases, without the one that fails on Linux 6.1: a fork leaves a child's private huge
-pages write-protected there; read-write protection, which is skipped before 7.3; and some of KVM's."""
+pages write-protected there; read-write protection, which is skipped before 7.3; some of KVM's; those of memory nodes,
+cgroups and handles in other hands."""
+NODES = "--vm-append=numa=fake=2"
+"""Makes two memory nodes of a machine's memory, where the kernel has CONFIG_NUMA_EMU."""
 DOWNLOAD_SECONDS = 120
 RUN_SECONDS = 900
 """These cases take some minutes a kernel on an idle machine without KVM."""
@@ -157,7 +160,7 @@ def main() -> int:
     if not found:
         return 0
     # Not two at once: the deadlines are for machines that have a processor of their own.
-    command = [sys.executable, "-m", "uffd_selftests", "-k", PART, *(f"--kernel={path}" for path in found)]
+    command = [sys.executable, "-m", "uffd_selftests", NODES, "-k", PART, *(f"--kernel={path}" for path in found)]
     sys.stdout.flush()
     process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL)
     try:
