@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 from collections.abc import Iterable
 from ctypes import addressof, sizeof
 from functools import cache
@@ -17,7 +18,7 @@ from uffd_selftests.abi.uapi import Feature, PageCategory, PmScanFlag
 from uffd_selftests.mem_types import Area
 from uffd_selftests.toolkit.access import poke
 from uffd_selftests.toolkit.context import Context
-from uffd_selftests.toolkit.expectations import Skip, expect
+from uffd_selftests.toolkit.expectations import DEADLINE, Skip, expect
 from uffd_selftests.toolkit.handle import WP, Uffd
 from uffd_selftests.toolkit.memory import MAP_ANONYMOUS, MAP_PRIVATE, PAGE_SIZE, Range, mapped
 from uffd_selftests.toolkit.smaps import resident
@@ -224,13 +225,22 @@ class Pagemap:
     def expect_present(cls, area: Area, *pages: int) -> None:
         """Assert that these pages of the area are mapped, and no others.
 
-        One that the kernel has swapped out meanwhile, for want of memory, counts as mapped.
+        One that the kernel has swapped out meanwhile, for want of memory, counts as mapped; one that it moves to other
+        memory at this moment is waited for: like a marker it shows as PM_SWAP, but not for long.
         """
-        present = [i for i, mark in enumerate(cls.have(area.range, uapi.PM_PRESENT, area.page_size)) if mark]
-        if present != sorted(pages) and resident("VmSwap"):  # else PM_SWAP stands for other things
+        end = time.monotonic() + DEADLINE
+        while True:
+            present = {i for i, mark in enumerate(cls.have(area.range, uapi.PM_PRESENT, area.page_size)) if mark}
+            lacking = set(pages) - present
+            if not lacking or not present <= set(pages) or time.monotonic() > end:
+                break
             swap = cls.have(area.range, uapi.PM_SWAP, area.page_size)
-            present = sorted({*present, *(page for page in pages if swap[page])})
-        expect(present, sorted(pages), f"pages of the {area.mem.name} area that are mapped")
+            if resident("VmSwap"):
+                present |= {page for page in lacking if swap[page]}
+            if not all(swap[page] for page in lacking) or set(pages) <= present:
+                break
+            time.sleep(0.001)
+        expect(page_numbers(present), page_numbers(set(pages)), f"pages of the {area.mem.name} area that are mapped")
 
 
 def expect_mapped(ctx: Context, *pages: int) -> None:
