@@ -27,7 +27,10 @@ STACK_GAP = 256
 # ---- dropped and asked for again -----------------------------------------------------------------------------------
 
 
-@uffd_case("remove-hugetlb-unaligned", mem=(HUGETLB,), features=REMOVE, pages=3, rows=("EV-44",), kind=Kind.DETAIL)
+@uffd_case(
+    "remove-hugetlb-unaligned", mem=(HUGETLB,), features=REMOVE, pages=3, spare_hugepages=2, rows=("EV-44",),
+    kind=Kind.DETAIL,
+)  # fmt: skip
 def test_remove_hugetlb_unaligned(ctx: Context) -> None:
     """MADV_REMOVE from within a huge page to within another announces just that, drops the whole ones and clears parts.
 
