@@ -7,10 +7,11 @@ import os
 
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    ANON, DEFAULT_FLAGS, HUGETLB, MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, MINOR,
-    MINOR_FAULTS, MISSING, PAGE_SIZE, PROT_NONE, PROT_READ, PROT_WRITE, SHMEM, UNTOUCHED, WP, Context, Feature,
-    KernelError, MoveMode, Range, Request, Skip, Uffd, checked, expect_refused, keep_small, lib, map_memory, pmd_size,
-    poke, syscalls, uapi,
+    AGAINST_ACCESS, AGAINST_WRITES, ANON, DEFAULT_FLAGS, HUGETLB, MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE,
+    MAP_PRIVATE, MAP_SHARED, MINOR, MINOR_FAULTS, MISSING, PAGE_SIZE, PROT_NONE, PROT_READ, PROT_WRITE, SHMEM,
+    SYNC_RWP, UNTOUCHED, WP, WRITEPROTECT, Context, Feature, KernelError, MoveMode, Pagemap, Protection, Range,
+    Request, Skip, Uffd, checked, expect, expect_refused, in_modes, keep_small, lib, map_memory, pmd_size, poke,
+    remap, syscalls, touch, uapi,
 )  # fmt: skip
 
 READ_WRITE = PROT_READ | PROT_WRITE
@@ -247,3 +248,63 @@ def test_creation_no_memory(ctx: Context) -> None:
         return [Request("userfaultfd(2)", uffd, uapi.UFFDIO_WAKE, arg, create)]
 
     expect_refused(prepare, ctx.dst.range)
+
+
+# ---- an mremap that has to give up ---------------------------------------------------------------------------------
+
+
+def check_given_up(ctx: Context, guard: Protection) -> None:
+    """Move four pages to where the last two find no page table, and look at what has come back."""
+    table = pmd_size() // PAGE_SIZE
+    pages = range(table - 2, table + 2)
+
+    def prepare() -> list[Request]:
+        uffd = Uffd.open(ctx.features)
+        area, place = ANON.allocate(2 * table), ANON.allocate(2 * table)
+        here, there = (each.page(pages[0], len(pages)) for each in (area, place))
+        gave_up = False
+        for each in (area, place):
+            keep_small(each.range)
+        touch(here, PAGE_SIZE, write=True)
+        poke(place.page(pages[0] - 1).start, b"x")  # the first two have a page table there
+
+        def watch() -> None:
+            uffd.register(here, guard.mode)
+            guard.set(uffd, area, pages)
+
+        def move() -> None:
+            nonlocal gave_up
+            if gave_up:  # there is memory again
+                expect(in_modes(here), guard.mode, "modes of the mapping that could not be moved")
+                Pagemap.expect_protected(area, pages, "after the move was given up")
+            try:
+                remap(here, to=there.start)
+            except KernelError:
+                gave_up = True
+                raise
+            remap(there, to=here.start)
+            watch()
+
+        watch()
+        arg = uapi.uffdio_range(here.start, PAGE_SIZE)
+        return [Request("mremap(2)", uffd, uapi.UFFDIO_WAKE, arg, move)]
+
+    expect_refused(prepare, ctx.dst.range)
+
+
+@uffd_case(
+    "remap-given-up-writeprotected", mem=(ANON,), features=WRITEPROTECT | MINOR_FAULTS, pages=1, rows=("WP-40",),
+    kind=Kind.DETAIL,
+)  # fmt: skip
+def test_remap_given_up_writeprotected(ctx: Context) -> None:
+    """An mremap(2) that finds no memory leaves the mapping where it is, registered, and its pages protected."""
+    check_given_up(ctx, AGAINST_WRITES)
+
+
+@uffd_case(
+    "remap-given-up-rwprotected", mem=(ANON,), features=SYNC_RWP | MINOR_FAULTS, pages=1, rows=("WP-40",),
+    kind=Kind.DETAIL,
+)  # fmt: skip
+def test_remap_given_up_rwprotected(ctx: Context) -> None:
+    """The same of pages that are protected against access."""
+    check_given_up(ctx, AGAINST_ACCESS)
