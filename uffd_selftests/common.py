@@ -16,7 +16,6 @@ from uffd_selftests.machine.facts import THP as THP
 from uffd_selftests.machine.hugepages import hugepage_sizes as hugepage_sizes
 from uffd_selftests.machine.hugepages import hugepages as hugepages
 from uffd_selftests.machine.hugepages import lack_of_hugepages as lack_of_hugepages
-from uffd_selftests.machine.hugetlb_cgroup import hugepage_label as hugepage_label
 from uffd_selftests.machine.settings import Sysctl as Sysctl
 from uffd_selftests.mem_types import *
 from uffd_selftests.toolkit import stress as stress

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A cgroup that limits memory."""
+"""A cgroup that limits memory, or huge pages."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from uffd_selftests.machine.hugetlb_cgroup import hugepage_label
 from uffd_selftests.machine.journal import Change, Journal, undoable
 from uffd_selftests.machine.system import number, numbers
 
@@ -37,25 +38,22 @@ class MemoryGroup(Change):
         1: {"limit": "memory.limit_in_bytes", "usage": "memory.usage_in_bytes", "peak": "memory.max_usage_in_bytes"},
     }
 
-    def __init__(self, *more: str) -> None:
-        """With ``more`` controllers than that of memory, which version 1 has elsewhere."""
-        self._controllers = ("memory", *more)
+    controller: ClassVar = "memory"
+
+    def __init__(self) -> None:
         self.version = 0
         self.path = Path()
 
     def __enter__(self) -> MemoryGroup:
-        root, self.version = _memory_hierarchy()
+        root, self.version = _hierarchy(self.controller)
         self.path = root / GROUP.format(os.getpid())
         control = root / "cgroup.subtree_control"
         with self._changing() as journal:
-            if self.version == 1 and self._controllers[1:]:
-                raise OSError(errno.ENOENT, f"no cgroup of version 2 with {' and '.join(self._controllers)}")
-            missing = set(self._controllers) - set(control.read_text().split()) if self.version == 2 else set()
-            ours = sorted(missing | _controlled(journal, str(control)))
-            record = _GroupRecord(str(self.path), str(control) if ours else "", " ".join(ours))
-            self._entry = journal.add(record)
-            for controller in sorted(missing):
-                control.write_text(f"+{controller}")
+            enable = self.version == 2 and self.controller not in control.read_text().split()
+            ours = enable or _controlled(journal, str(control), self.controller)
+            self._entry = journal.add(_GroupRecord(str(self.path), str(control) if ours else "", self.controller))
+            if enable:
+                control.write_text(f"+{self.controller}")
             self.path.mkdir()
         return self
 
@@ -138,22 +136,40 @@ class MemoryGroup(Change):
         return {**faults, "oom_kill": kills.get("oom_kill", 0), "used": used, "kernel": kernel}
 
 
-def _controlled(journal: Journal, path: str) -> set[str]:
-    """Return what was put under control in this file for cgroups of running processes."""
-    return {name for each in journal.records(_GroupRecord) if each.control == path for name in each.controllers.split()}
+class HugetlbGroup(MemoryGroup):
+    """A cgroup that limits huge pages, in the same way."""
+
+    controller: ClassVar = "hugetlb"
+    NAMES: ClassVar = {2: ("max", "current"), 1: ("limit_in_bytes", "usage_in_bytes")}
+
+    def files(self, size: int) -> tuple[Path, Path]:
+        """Return the files of the limit and of the usage of huge pages of size bytes, both in bytes."""
+        limit, usage = (self.path / f"hugetlb.{hugepage_label(size)}.{name}" for name in self.NAMES[self.version])
+        return limit, usage
+
+    @property
+    def unlimited(self) -> str:
+        """What stands for no limit."""
+        return "max" if self.version == 2 else "-1"
 
 
-def _memory_hierarchy() -> tuple[Path, int]:
-    """Return where the cgroups with control of memory are mounted, and their version; raises OSError."""
+def _controlled(journal: Journal, path: str, controller: str) -> bool:
+    """Whether the controller was put in force in this file for the cgroup of a running process."""
+    return any((each.control, each.controller) == (path, controller) for each in journal.records(_GroupRecord))
+
+
+def _hierarchy(controller: str) -> tuple[Path, int]:
+    """Return where the cgroups with a controller are mounted, and their version; raises OSError."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         fields, _, rest = line.partition(" - ")
         place, (kind, _, options) = Path(fields.split()[4]), rest.split()
-        if kind == "cgroup" and "memory" in options.split(","):
+        if kind == "cgroup" and controller in options.split(","):
             return place, 1
         with contextlib.suppress(OSError):
-            if kind == "cgroup2" and "memory" in (place / "cgroup.controllers").read_text().split():
+            if kind == "cgroup2" and controller in (place / "cgroup.controllers").read_text().split():
                 return place, 2
-    raise OSError(errno.ENOENT, "no memory cgroup: CONFIG_MEMCG, and mount -t cgroup2 none /sys/fs/cgroup")
+    option = {"memory": "CONFIG_MEMCG", "hugetlb": "CONFIG_CGROUP_HUGETLB"}[controller]
+    raise OSError(errno.ENOENT, f"no {controller} cgroup: {option}, and mount -t cgroup2 none /sys/fs/cgroup")
 
 
 def _members(group: Path) -> list[int]:
@@ -163,15 +179,15 @@ def _members(group: Path) -> list[int]:
 @undoable
 @dataclass(frozen=True)
 class _GroupRecord:
-    """A memory cgroup, where something was put under control for it, if anywhere, and what."""
+    """A cgroup, where its controller was put in force for it, if anywhere, and which one that is."""
 
     kind: ClassVar[str] = "cgroup"
     path: str
     control: str = ""
-    controllers: str = "memory"
+    controller: str = "memory"
 
     def __post_init__(self) -> None:
-        if not all(isinstance(text, str) for text in (self.path, self.control, self.controllers)):
+        if not all(isinstance(text, str) for text in (self.path, self.control, self.controller)):
             raise TypeError
 
     def undo(self, _journal: Journal, _entry: Entry) -> str | None:
@@ -181,9 +197,8 @@ class _GroupRecord:
         if there:
             _clear(group)
         if self.control and not any(group.parent.glob(GROUP.format("*"))):
-            for controller in self.controllers.split():
-                with contextlib.suppress(OSError):  # somebody else uses it by now
-                    Path(self.control).write_text(f"-{controller}")
+            with contextlib.suppress(OSError):  # somebody else uses it by now
+                Path(self.control).write_text(f"-{self.controller}")
         return f"removed the cgroup {group}" if there else None
 
 

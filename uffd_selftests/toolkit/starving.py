@@ -12,14 +12,15 @@ import os
 import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from uffd_selftests.abi import uapi
 from uffd_selftests.abi.errors import KernelError, errno_name
 from uffd_selftests.abi.uapi import PagefaultFlag
-from uffd_selftests.machine.cgroup import MemoryGroup
+from uffd_selftests.machine.cgroup import HugetlbGroup, MemoryGroup
 from uffd_selftests.toolkit.access import peek, poke, touch
 from uffd_selftests.toolkit.expectations import DEADLINE, Skip, expect
 from uffd_selftests.toolkit.handle import KERNEL_FAULTS, MINOR, MINOR_FAULTS, MISSING, Uffd
@@ -47,6 +48,7 @@ __all__ = [
     "Request",
     "Refusal",
     "own_memory_group",
+    "own_hugetlb_group",
     "starved",
     "expect_refused",
 ]
@@ -85,18 +87,27 @@ class Refusal:
     later: str
 
 
-@contextmanager
-def own_memory_group(*more: str) -> Iterator[MemoryGroup]:
-    """Have a memory cgroup, empty yet, whose processes end with the block; Skip where there is none to be had.
+def own_memory_group() -> AbstractContextManager[MemoryGroup]:
+    """Have a memory cgroup, empty yet, whose processes end with the block; Skip where there is none to be had."""
+    return _own_group(MemoryGroup())
 
-    With ``more`` controllers than that of memory.
-    """
+
+def own_hugetlb_group() -> AbstractContextManager[HugetlbGroup]:
+    """Have a cgroup that limits huge pages, in the same way."""
+    return _own_group(HugetlbGroup())
+
+
+G = TypeVar("G", bound=MemoryGroup)
+
+
+@contextmanager
+def _own_group(made: G) -> Iterator[G]:
     with ExitStack() as stack:
         try:
-            group = stack.enter_context(MemoryGroup(*more))
+            stack.enter_context(made)
         except OSError as error:
-            raise Skip(f"needs a memory cgroup of its own, as root: {error.strerror}") from None
-        yield group
+            raise Skip(f"needs a {made.controller} cgroup of its own, as root: {error.strerror}") from None
+        yield made
 
 
 def starved(prepare: Callable[[], list[Request]], spared: Range) -> list[Refusal]:

@@ -31,6 +31,9 @@ OPTIONAL_MOUNTS = (
     *(("tmpfs", "/dev/shm"), ("tmpfs", "/tmp"), ("tmpfs", "/run"), ("devpts", "/dev/pts")),
     *(("debugfs", "/sys/kernel/debug"), ("cgroup2", "/sys/fs/cgroup")),
 )
+CGROUP_V1 = "uffd_cgroup_v1"
+"""On the kernel's command line: mount cgroups of version 1, as far as the kernel has them."""
+CONTROLLERS = ("memory", "hugetlb")
 MODULES = Path("/modules")
 
 PORT = "uffd-selftests"
@@ -110,7 +113,11 @@ def prepare() -> None:
     os.environ[OWN_MACHINE] = "1"
     for kind, place in MOUNTS:
         mount(kind, place)
+    old = CGROUP_V1 in Path("/proc/cmdline").read_text().split()
     for kind, place in OPTIONAL_MOUNTS:
+        if old and kind == "cgroup2":
+            _mount_old_cgroups(place)
+            continue
         if __file__.startswith(f"{place}/"):  # the suite lies where it does on the host, and would be hidden
             continue
         with contextlib.suppress(OSError):
@@ -129,10 +136,21 @@ def prepare() -> None:
             swap_on(device)
 
 
-def mount(kind: str, place: str) -> None:
+def mount(kind: str, place: str, options: str | None = None) -> None:
     """Mount a file system that has no device; raises KernelError, but not when one is there already."""
-    if not os.path.ismount(place) and _libc.mount(b"none", place.encode(), kind.encode(), 0, None):
+    data = options.encode() if options else None
+    if not os.path.ismount(place) and _libc.mount(b"none", place.encode(), kind.encode(), 0, data):
         raise KernelError(ctypes.get_errno(), f"mount({kind}, {place})")
+
+
+def _mount_old_cgroups(place: str) -> None:
+    with contextlib.suppress(OSError):
+        mount("tmpfs", place)
+    for controller in CONTROLLERS:
+        with contextlib.suppress(OSError):
+            folder = f"{place}/{controller}"
+            Path(folder).mkdir(exist_ok=True)
+            mount("cgroup", folder, controller)
 
 
 def load_modules(folder: Path) -> None:

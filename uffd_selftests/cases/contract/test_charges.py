@@ -9,7 +9,7 @@ from signal import SIGBUS
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
     EACH_HUGETLB, MISSING, Advice, Channel, Child, Context, Pagemap, Range, UffdError, advise, expect, expect_errno,
-    faulting, hugepage_label, monitored, own_memory_group, promise, touch_trapped,
+    faulting, monitored, own_hugetlb_group, promise, touch_trapped,
 )  # fmt: skip
 
 
@@ -22,8 +22,8 @@ def test_charge_hugetlb(ctx: Context) -> None:
     area, size, uffd = ctx.dst, ctx.page_size, ctx.uffd
     ctx.src.fill()
     uffd.register(area.range, MISSING)
-    with own_memory_group("hugetlb") as group:
-        limit, usage = (group.path / f"hugetlb.{hugepage_label(size)}.{name}" for name in ("max", "current"))
+    with own_hugetlb_group() as group:
+        limit, usage = group.files(size)
 
         def pays(pages: int, when: str) -> None:
             expect(int(usage.read_text()) // size, pages, f"huge pages charged to the monitor's cgroup, {when}")
@@ -41,7 +41,7 @@ def test_charge_hugetlb(ctx: Context) -> None:
                 else:
                     raise AssertionError("expected a refusal at the limit; the call succeeded")
                 pays(2, f"at its limit, turn {turn}")
-            limit.write_text("max")
+            limit.write_text(group.unlimited)
             uffd.copy(area.page(2).start, ctx.src.page(2).start, size)
             pays(3, "with its limit raised")
 
@@ -62,8 +62,8 @@ def test_charge_hugetlb_owner(ctx: Context) -> None:
     """Who may have no huge page gets those that a monitor outside copies; what it touches itself is SIGBUS."""
     area = ctx.dst
     ctx.src.fill()
-    with own_memory_group("hugetlb") as group:
-        limit, usage = (group.path / f"hugetlb.{hugepage_label(ctx.page_size)}.{name}" for name in ("max", "current"))
+    with own_hugetlb_group() as group:
+        limit, usage = group.files(ctx.page_size)
         limit.write_text("0")
 
         def life(channel: Channel) -> None:
