@@ -201,14 +201,12 @@ IMPATIENT = """
 
 def test_stands_still(guests: Guests) -> None:
     """A machine that does nothing any more is ended soon after the deadline, and another one goes on."""
-    started = time.monotonic()
     harm = "die('rcu: nothing happens', number=signal.SIGSTOP)"
     run = guests.run(AROUND.format(harm=harm), "--deadline=1", plugin=IMPATIENT)
-    assert time.monotonic() - started < 10
     assert where(run) == [("before", "pass", "1"), ("harms", "timeout", "1"), ("after", "pass", "2")]
     harms = run.results["harms"]
     assert harms["reason"] == "1 seconds"
-    assert 1 <= harms["seconds"] < 5
+    assert 1 <= harms["seconds"] < 30  # and not the minute that a patient launcher waits
     shown = "the guest does not answer: [    2.000000] rcu: nothing happens"
     assert shown in harms["diagnostics"]
     assert not run.survivors()
@@ -280,7 +278,7 @@ def test_failure_is_no_damage(guests: Guests) -> None:
         def test_passes():
             '''It is so.'''
         """,
-        "--deadline=1",
+        "--deadline=5",
     )
     assert where(run) == [
         *(("fails", "fail", "1"), ("crashes", "error", "1"), ("hangs", "timeout", "1"), ("passes", "pass", "1")),
