@@ -85,17 +85,21 @@ def test_no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "reason"),
+    ("what", "seconds", "reason"),
     [
-        (lambda: time.sleep(60), "/dev/kvm: a virtual processor has not executed two instructions after 0.1 seconds"),
-        (lambda: os._exit(1), "/dev/kvm: a process that tries a virtual processor dies"),
+        (
+            lambda: time.sleep(60),
+            0.1,
+            "/dev/kvm: a virtual processor has not executed two instructions after 0.1 seconds",
+        ),
+        (lambda: os._exit(1), 60.0, "/dev/kvm: a process that tries a virtual processor dies"),
     ],
     ids=["hangs", "dies"],
 )
-def test_hangs(monkeypatch: pytest.MonkeyPatch, what: Callable[[], Any], reason: str) -> None:
+def test_hangs(monkeypatch: pytest.MonkeyPatch, what: Callable[[], Any], seconds: float, reason: str) -> None:
     """A virtual processor that never comes to its end, or takes its process along, costs a moment."""
     monkeypatch.setattr(kvm, "_try", what)
-    monkeypatch.setattr(kvm, "SECONDS", 0.1)
+    monkeypatch.setattr(kvm, "SECONDS", seconds)
     assert kvm.probe_kvm() == {"reason": reason, "accesses": None}
 
 

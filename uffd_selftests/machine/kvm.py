@@ -26,7 +26,7 @@ MODULES = Path("/modules/kvm")
 VENDORS = {"kvm_amd": "svm", "kvm_intel": "vmx"}
 """Modules that are of use with a flag of /proc/cpuinfo alone."""
 
-SECONDS = 2.0 * float(os.environ.get("UFFD_DEADLINE_SCALE") or 1)
+SECONDS = 10.0 * float(os.environ.get("UFFD_DEADLINE_SCALE") or 1)
 """How long the first steps of a virtual processor may take, with the modules to load; else they take milliseconds."""
 PAGE = 4096
 PROT_NONE, PROT_ALL = 0, 3
