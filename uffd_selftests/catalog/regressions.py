@@ -38,7 +38,7 @@ DISTRIBUTIONS = (
     "| | | 34 | `scan-huge-hole` on hugetlb |",
     "| | | 36 | `async-scan-holes`, `async-scan-no-vector-holes`, `pagemap-hpage` on shmem, `pagemap-sanity`,"
     " `pagemap-unpopulated-thp`, `scan-limit-hole`, `scan-mixed`, `scan-mixed-cached`, `scan-mixed-limit`,"
-    " `scan-thp-mixed` |",
+    " `scan-room-hole`, `scan-thp-mixed` |",
     "| | | 60 | `move-huge-zeropage` |",
     "| 6.16.12 alone | | 61 | `writeprotect-thp-split` |",
     "| 7.2.12, 7.3.4 | linux-binary-7.2.12+deb13-amd64 7.2.12-1~bpo13+1, linux-binary-7.3.4+deb13-amd64 7.3.4-1~bpo13+1"

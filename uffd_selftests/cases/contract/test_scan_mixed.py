@@ -195,7 +195,9 @@ def test_scan_limit_hole(ctx: Context) -> None:
     expect_written(area, range(done, area.nr_pages), "AS-07: pages written, after all that")
 
 
-@uffd_case("scan-room-hole", mem=NOT_HUGETLB, features=ASYNC, needs=SCAN, pages=1, rows=("AS-07", "AS-18"))
+@uffd_case(
+    "scan-room-hole", mem=NOT_HUGETLB, features=ASYNC, needs=SCAN, pages=1, rows=("AS-07", "AS-18"), bugs=(36,)
+)
 def test_scan_room_hole(ctx: Context) -> None:
     """Where the room ends in front of memory without a page table, that is not protected, and the next scan has it."""
     per_table = PAGE_SIZE // 8
