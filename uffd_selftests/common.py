@@ -11,6 +11,7 @@ from uffd_selftests.abi.errors import *
 from uffd_selftests.abi.native import ffi as ffi
 from uffd_selftests.abi.native import lib as lib
 from uffd_selftests.abi.uapi import *
+from uffd_selftests.machine.cgroup import MemoryGroup as MemoryGroup
 from uffd_selftests.machine.doors import DEVICE as DEVICE
 from uffd_selftests.machine.facts import THP as THP
 from uffd_selftests.machine.hugepages import hugepage_sizes as hugepage_sizes

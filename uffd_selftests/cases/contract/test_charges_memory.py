@@ -9,10 +9,9 @@ from functools import partial
 
 from uffd_selftests.case import Kind, uffd_case
 from uffd_selftests.common import (
-    MISSING, NOT_HUGETLB, PAGE_SIZE, SHMEM, Channel, Child, Context, Pagemap, expect, monitored, own_memory_group,
-    promise, touch,
+    MISSING, NOT_HUGETLB, PAGE_SIZE, SHMEM, Channel, Child, Context, MemoryGroup, Pagemap, expect, monitored,
+    own_memory_group, promise, touch,
 )  # fmt: skip
-from uffd_selftests.machine.cgroup import MemoryGroup
 
 PAGES = 2048
 """As many as tell what is charged from what each processor has charged beforehand, and from page tables."""
